@@ -1,0 +1,363 @@
+"""Binding: from the parameters as they are now to domains with a plan that all ranks agree on.
+
+A **domain** is a set of ranks that share parameters; whatever travels, travels inside one. Binding reads layouts, makes
+each domain's plan, and compares it among the ranks, with a timeout: a difference raises on every rank and names it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from .polar.matrix_view import Matrix, matrices_of
+from .polar.newton_schulz import default_compute_dtype, dtype_named, flops
+from .polar.polynomials import Coefficients, schedule_for
+from .routing import Route
+from .sharding.exchange import Exchange, route_bucket
+from .sharding.layout import (
+    Fragment,
+    Placement,
+    ShardLayout,
+    box_shape,
+    dtensor_fragments,
+    fragment_numel,
+    whole,
+)
+from .sharding.plan import MatrixTask, Plan, make_plan
+
+TIMEOUT = timedelta(seconds=60)  # how long a rank waits for the others at binding, before it says that they don't agree
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank stores, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@dataclass(eq=False, kw_only=True)
+class BoundParameter:
+    """A trainable parameter with its route, its group's hyperparameters, and where its pieces lie."""
+
+    name: str
+    parameter: Tensor
+    group: dict[str, Any]
+    route: Route
+    placement: Placement
+    ranks: tuple[int, ...]
+    device: torch.device  # where its matrices are orthogonalised and travel
+    known_group: dist.ProcessGroup | None = None
+    position: int = -1  # in its domain
+    matrices: tuple[Matrix, ...] = ()
+    schedule: tuple[Coefficients, ...] = ()
+    compute_dtype: torch.dtype = torch.float32
+    wire_dtype: torch.dtype = torch.float32
+
+    @property
+    def muon(self) -> bool:
+        return self.route.algorithm == "muon"
+
+    @property
+    def local(self) -> Tensor:
+        return local_tensor(self.parameter.detach())
+
+
+@dataclass(eq=False, kw_only=True)
+class Domain:
+    """Ranks that share parameters, the parameters in an order equal on all of them, and how their matrices travel."""
+
+    ranks: tuple[int, ...]
+    me: int
+    process_group: dist.ProcessGroup | None  # None: one rank
+    device: torch.device
+    parameters: list[BoundParameter]
+    plan: Plan
+    exchange: Exchange
+    matrices: list[Matrix]  # parallel to plan.matrices
+    first_bucket: list[list[int]] = field(default_factory=list)  # parameters whose first matrix travels in a bucket
+    last_bucket: list[list[int]] = field(default_factory=list)
+
+    def owns(self, bound: BoundParameter) -> bool:
+        """Whether this rank keeps the momentum of a parameter: its owner does where replicas could, every holder elsewhere."""
+        if not bound.placement.replicated:
+            return True
+        return self.owner_of(bound) == self.me
+
+    def owner_of(self, bound: BoundParameter) -> int:
+        """The rank that owns a parameter's first matrix (all of them, if it is replicated); rank 0 for an empty one."""
+        return next((o for t, o in zip(self.plan.matrices, self.plan.owners) if t.parameter == bound.position), 0)
+
+
+def bind_domains(
+    entries: Sequence[tuple[str, Tensor, dict[str, Any], Route]],
+    *,
+    process_group: dist.ProcessGroup | None,
+    layouts: Mapping[str, ShardLayout],
+    bucket_bytes: int,
+    groups: dict[tuple[int, ...], dist.ProcessGroup],
+) -> list[Domain]:
+    """The domains of the trainable parameters, in an order equal on all ranks. Collective.
+
+    `groups` keeps the process groups made here, so that binding again makes none twice.
+    """
+    unknown = set(layouts) - {name for name, *_ in entries}
+    if unknown:
+        raise ValueError(
+            f"layouts name {sorted(unknown)}, which are not trainable parameters of this optimizer; it knows "
+            f"{[name for name, *_ in entries][:5]}…"
+        )
+    explicit = _exchange_layouts(entries, process_group, layouts, groups)
+    bound = [_bind_parameter(*entry, process_group, explicit.get(entry[0])) for entry in entries]
+    by_ranks: dict[tuple[int, ...], list[BoundParameter]] = {}
+    for b in bound:
+        by_ranks.setdefault(b.ranks, []).append(b)
+    domains = []
+    for ranks in sorted(by_ranks, key=lambda r: (-len(r), r)):
+        members = by_ranks[ranks]
+        known = next((b.known_group for b in members if b.known_group is not None), None)
+        domains.append(_make_domain(ranks, members, _group_of(ranks, known, groups), bucket_bytes))
+    for domain in domains:
+        _compare_plans(domain)
+    return domains
+
+
+def _bind_parameter(
+    name: str,
+    p: Tensor,
+    group: dict[str, Any],
+    route: Route,
+    process_group: dist.ProcessGroup | None,
+    explicit: tuple[tuple[int, ...], tuple[int, ...], tuple[Fragment, ...], dist.ProcessGroup | None] | None,
+) -> BoundParameter:
+    local = local_tensor(p.detach())
+    device, known = local.device, None
+    if explicit is not None:
+        shape, ranks, fragments, known = explicit
+        placement = Placement(name=name, shape=shape, fragments=fragments)
+    elif isinstance(p, DTensor):
+        shape = tuple(p.shape)
+        if p.device_mesh.get_coordinate() is None:
+            raise ValueError(f"{name} lives on a mesh that this rank is not part of; leave it out of this rank's optimizer")
+        ranks, fragments = dtensor_fragments(p, name)
+        known = p.device_mesh.get_group() if p.device_mesh.ndim == 1 else None
+        if p.device_mesh.device_type != device.type:  # FSDP2 with CPU offload: kept on the host, computed on the accelerator
+            device = torch.device(p.device_mesh.device_type, torch.accelerator.current_device_index())
+        placement = Placement(name=name, shape=shape, fragments=fragments)
+    else:
+        shape, ranks, known = tuple(p.shape), _ranks_of(process_group), process_group
+        fragment = (whole(shape),) if local.numel() else ()
+        placement = Placement(name=name, shape=shape, fragments=(fragment,) * len(ranks), replicated=True)
+    bound = BoundParameter(
+        name=name, parameter=p, group=group, route=route, placement=placement, ranks=ranks, device=device, known_group=known
+    )
+    if bound.muon:
+        assert route.view is not None  # a route to Muon has a view
+        bound.matrices = matrices_of(shape, route.view, name)
+        bound.schedule = schedule_for(group["polynomial"], group["ns_steps"])
+        compute = dtype_named(group["compute_dtype"], "compute_dtype") or default_compute_dtype(device, local.dtype)
+        # fp16 can't carry momentum of any size, only what has been normalised
+        wire = dtype_named(group["wire_dtype"], "wire_dtype") or (torch.float32 if compute == torch.float16 else compute)
+        bound.compute_dtype, bound.wire_dtype = compute, wire
+    return bound
+
+
+def _make_domain(
+    ranks: tuple[int, ...], members: list[BoundParameter], group: dist.ProcessGroup | None, bucket_bytes: int
+) -> Domain:
+    if all(b.name for b in members):
+        members = sorted(members, key=lambda b: b.name)  # so that ranks whose groups are ordered differently agree
+    devices = {b.device for b in members}
+    if len(devices) > 1:
+        raise ValueError(f"parameters shared by ranks {list(ranks)} lie on several devices here, {sorted(map(str, devices))}: put them on one")
+    tasks: list[MatrixTask] = []
+    matrices: list[Matrix] = []
+    for position, b in enumerate(members):
+        b.position = position
+        for k, matrix in enumerate(b.matrices):
+            m, n = matrix.shape
+            size, small = b.compute_dtype.itemsize, min(m, n)
+            tasks.append(
+                MatrixTask(
+                    name=b.name if len(b.matrices) == 1 else f"{b.name}[{k}]",
+                    parameter=position,
+                    box=matrix.box,
+                    shape=matrix.shape,
+                    flops=flops(m, n, len(b.schedule)),
+                    workspace=size * (2 * m * n + 2 * small * small) + 4 * m * n,
+                    wire={torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}[b.wire_dtype],
+                    wire_itemsize=b.wire_dtype.itemsize,
+                    batch_key=(b.schedule, str(b.compute_dtype), b.group["eps"]),
+                )
+            )
+            matrices.append(matrix)
+    plan = make_plan([b.placement for b in members], tasks, n_ranks=len(ranks), bucket_bytes=bucket_bytes)
+    me = ranks.index(dist.get_rank()) if len(ranks) > 1 else 0
+
+    def stored_as_box(position: int) -> bool:
+        b = members[position]
+        fragment = b.placement.fragments[me]
+        return len(fragment) == 1 and box_shape(fragment[0]) == tuple(b.local.shape)
+
+    for b in members:
+        if b.matrices and not stored_as_box(b.position) and not b.local.is_contiguous():
+            raise ValueError(f"{b.name} is stored as a flat fragment that is not contiguous; make it contiguous before it reaches the optimizer")
+    routes = [route_bucket(plan, bucket, me, stored_as_box) for bucket in range(len(plan.buckets))]
+    device = next(iter(devices))
+    domain = Domain(
+        ranks=ranks,
+        me=me,
+        process_group=group,
+        device=device,
+        parameters=members,
+        plan=plan,
+        exchange=Exchange(routes, group=group, device=device),
+        matrices=matrices,
+    )
+    meets = [[tasks[i].parameter for i in bucket] for bucket in plan.buckets]
+    domain.first_bucket = [sorted(set(ps) - {q for earlier in meets[:k] for q in earlier}) for k, ps in enumerate(meets)]
+    domain.last_bucket = [sorted(set(ps) - {q for later in meets[k + 1 :] for q in later}) for k, ps in enumerate(meets)]
+    return domain
+
+
+def _ranks_of(group: dist.ProcessGroup | None) -> tuple[int, ...]:
+    if not (dist.is_available() and dist.is_initialized()):
+        return (0,)
+    return tuple(sorted(dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)))
+
+
+def _group_of(
+    ranks: tuple[int, ...], known: dist.ProcessGroup | None, groups: dict[tuple[int, ...], dist.ProcessGroup]
+) -> dist.ProcessGroup | None:
+    """A process group of exactly these ranks; only they take part in making one."""
+    if len(ranks) == 1:
+        return None
+    if known is not None and _ranks_of(known) == ranks:
+        return known
+    if ranks == _ranks_of(None):
+        return dist.group.WORLD
+    if ranks not in groups:
+        groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+    return groups[ranks]
+
+
+def _exchange_layouts(
+    entries: Sequence[tuple[str, Tensor, dict[str, Any], Route]],
+    process_group: dist.ProcessGroup | None,
+    layouts: Mapping[str, ShardLayout],
+    groups: dict[tuple[int, ...], dist.ProcessGroup],
+) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[Fragment, ...], dist.ProcessGroup | None]]:
+    """What every rank holds of the parameters whose layouts were given: name -> (shape, ranks, fragments, process group).
+
+    A layout tells only this rank's piece, so the ranks of its group tell each other theirs, problems included: a layout that
+    is wrong on one rank raises on all of them.
+    """
+    described: dict[tuple[int, ...], dict[str, tuple[tuple[int, ...], Fragment, str]]] = {}
+    known: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+    for name, p, _, _ in sorted((e for e in entries if e[0] in layouts), key=lambda e: e[0]):
+        layout = layouts[name]
+        group = layout.group if layout.group is not None else process_group
+        ranks = _ranks_of(group)
+        if layout.replicas is not None:
+            gathered: list[Any] = [None] * dist.get_world_size(layout.replicas)
+            dist.all_gather_object(gathered, ranks, group=layout.replicas)
+            ranks = tuple(sorted({r for other in gathered for r in other}))
+        fragment, numel = layout.fragment(), local_tensor(p.detach()).numel()
+        held = fragment_numel(fragment)
+        problem = "" if held == numel else f"its layout describes {held} elements but its tensor has {numel}"
+        described.setdefault(ranks, {})[name] = (layout.global_shape, fragment, problem)
+        known[ranks] = group
+    result = {}
+    for ranks in sorted(described, key=lambda r: (-len(r), r)):
+        mine = described[ranks]
+        group = _group_of(ranks, known[ranks], groups)
+        everyone: list[Any] = [mine]
+        if group is not None:
+            everyone = [None] * len(ranks)
+            dist.all_gather_object(everyone, mine, group=group)
+        for rank, theirs in zip(ranks, everyone):
+            for name, (_, _, problem) in theirs.items():
+                if problem:
+                    raise ValueError(f"{name}, rank {rank}: {problem}. The layout and the tensor must be of the same piece")
+            if theirs.keys() != mine.keys():
+                raise ValueError(f"rank {rank} has layouts for {sorted(theirs)}, this rank for {sorted(mine)}: give every rank of a group all of them")
+            for name in mine:
+                if theirs[name][0] != mine[name][0]:
+                    raise ValueError(f"{name} has global_shape {theirs[name][0]} on rank {rank} but {mine[name][0]} here")
+        for name, (shape, _, _) in mine.items():
+            result[name] = (shape, ranks, tuple(theirs[name][1] for theirs in everyone), group)
+    return result
+
+
+def _compare_plans(domain: Domain) -> None:
+    """Compare the plan, the hyperparameters that owners use, and what replicas hold; raise on every rank if they differ."""
+    if domain.process_group is None:
+        return
+    lines = [
+        f"{b.name or b.position}: {b.route.algorithm} {b.placement.shape} {b.parameter.dtype} "
+        f"{[b.group[k] for k in ('momentum', 'nesterov', 'adjust_lr_fn') if b.muon]}"
+        for b in domain.parameters
+    ]
+    digest = hashlib.sha256("\n".join([domain.plan.digest, *lines]).encode()).digest()
+    digests = all_gather_rows(torch.tensor(list(digest), dtype=torch.int64), domain)
+    if (digests != digests[0]).any():
+        everyone: list[Any] = [None] * len(domain.ranks)
+        dist.all_gather_object(everyone, lines, group=domain.process_group)
+        raise ValueError(f"the ranks {list(domain.ranks)} don't agree on what they train: {_first_difference(domain, everyone)}")
+    mine = torch.stack([checksum(b.local) for b in domain.parameters]).cpu()
+    sums = all_gather_rows(mine, domain)
+    for position, b in enumerate(domain.parameters):
+        first: dict[Fragment, int] = {}
+        for rank, fragment in enumerate(b.placement.fragments):
+            twin = first.setdefault(fragment, rank)
+            if fragment and sums[rank, position] != sums[twin, position]:
+                raise ValueError(
+                    f"replicas differ: {b.name or f'parameter {position}'} has other values on rank {domain.ranks[rank]} than on rank "
+                    f"{domain.ranks[twin]}, though both hold the same piece. Broadcast the model from one rank before the first step"
+                )
+
+
+def _first_difference(domain: Domain, everyone: Sequence[Sequence[str]]) -> str:
+    for rank, lines in zip(domain.ranks, everyone):
+        for ours, theirs in zip(everyone[0], lines):
+            if ours != theirs:
+                return f"rank {domain.ranks[0]} has {ours!r} where rank {rank} has {theirs!r}"
+        if len(lines) != len(everyone[0]):
+            return f"rank {domain.ranks[0]} has {len(everyone[0])} parameters, rank {rank} has {len(lines)}"
+    return "their layouts, polynomials, dtypes or bucket sizes differ"
+
+
+def all_gather_rows(row: Tensor, domain: Domain) -> Tensor:
+    """Every rank's row, (ranks, len(row)), on the CPU; raises where a rank doesn't answer in time."""
+    row = row.to(domain.device)
+    rows = [torch.empty_like(row) for _ in domain.ranks]
+    work = dist.all_gather(rows, row, group=domain.process_group, async_op=True)
+    assert work is not None
+    try:
+        work.wait(TIMEOUT)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"not all of the ranks {list(domain.ranks)} came to bind the optimizer within {TIMEOUT.seconds} s: check that all of them "
+            "build it with the same parameters and process_group, and take the same steps"
+        ) from error
+    return torch.stack(rows).cpu()
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """An int64 that differs, all but surely, where two tensors differ in any bit or in the order of their elements."""
+    bits = tensor.detach().reshape(-1).view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    chunk = 1 << 22
+    for start in range(0, bits.numel(), chunk):
+        part = bits[start : start + chunk].to(torch.int64)
+        weights = torch.arange(start, start + part.numel(), device=tensor.device).mul_(2 * 2_654_435_761).add_(1)  # odd
+        total += part.mul_(weights).sum()
+    return total
+
+

@@ -1,0 +1,205 @@
+"""Parameter groups: what a user passes in, checked and completed, one algorithm and one matrix view per group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .polar.matrix_view import MatrixView, matrices_of
+from .polar.newton_schulz import dtype_named
+from .polar.polynomials import JORDAN, schedule_for
+from .polar.scaling import update_scale
+from .routing import ALGORITHMS, Route, refuse_flattened, route_parameter
+from .sharding.layout import ShardLayout
+
+# Keys that describe a group itself; a loaded state dict never changes them.
+STRUCTURE = frozenset({"params", "param_names", "algorithm", "reasons", "kind", "split", "transpose"})
+MUON_KEYS = frozenset(
+    {"lr", "weight_decay", "momentum", "nesterov", "ns_steps", "polynomial", "adjust_lr_fn", "compute_dtype", "wire_dtype", "eps"}
+)
+ADAMW_KEYS = frozenset({"lr", "weight_decay", "betas", "eps"})
+GROUP_KEYS = {"muon": STRUCTURE | MUON_KEYS, "adamw": STRUCTURE - {"kind", "split", "transpose"} | ADAMW_KEYS}
+SCHEDULER_KEYS = frozenset({"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"})  # written by LR schedulers
+
+
+def read_groups(params: Iterable[Any], defaults: Mapping[str, Any], layouts: Mapping[str, ShardLayout]) -> list[dict[str, Any]]:
+    """Groups of one algorithm and one matrix view each, complete with hyperparameters.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or dicts whose "params" are either.
+        defaults: the optimizer's arguments.
+        layouts: name -> layout; where there is one, its shape routes the parameter.
+
+    Raises:
+        ValueError: nothing to optimise, a key or value that no algorithm takes, or a parameter that can't be routed.
+    """
+    if isinstance(params, Tensor):
+        raise ValueError("params is a single tensor; pass an iterable of parameters, of (name, parameter), or of groups")
+    items = list(params)
+    if not items:
+        raise ValueError("the optimizer got no parameters")
+    given = items if all(isinstance(item, dict) for item in items) else [{"params": items}]
+    groups = []
+    for group in given:
+        groups.extend(_read_group(group, defaults, layouts))
+    for group in groups:
+        check_group(group)
+    return groups
+
+
+def _read_group(group: Mapping[str, Any], defaults: Mapping[str, Any], layouts: Mapping[str, ShardLayout]) -> list[dict[str, Any]]:
+    if "params" not in group:
+        raise ValueError(f"a parameter group is a dict with 'params', got keys {sorted(group)}")
+    members = group["params"]
+    members = [members] if isinstance(members, Tensor) else list(members)
+    named: list[tuple[str, Tensor]] = []
+    for k, member in enumerate(members):
+        name, p = member if isinstance(member, tuple) and len(member) == 2 else ("", member)
+        if not isinstance(p, Tensor) or not isinstance(name, str):
+            raise ValueError(f"a parameter is a tensor or a (name, tensor) pair, got {type(p).__name__} in a group's place {k}")
+        if p.is_complex():
+            raise ValueError(f"{name or f'parameter {k}'} is complex, which MuonDist does not take; use its real view")
+        named.append((name or (group.get("param_names") or [""] * len(members))[k], p))
+    refuse_flattened(named)
+
+    algorithm = group.get("algorithm")
+    if algorithm is not None and algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm={algorithm!r}: choose 'muon' or 'adamw'")
+    options = {k: v for k, v in group.items() if k not in ("params", "param_names", "algorithm", "reasons")}
+    _refuse_unknown(set(options), {algorithm} if algorithm else set(ALGORITHMS))
+    reasons = group.get("reasons")
+    parts: dict[tuple[str, MatrixView | None], dict[str, Any]] = {}
+    for k, (name, p) in enumerate(named):
+        shape = layouts[name].global_shape if name in layouts else tuple(p.shape)
+        route = route_parameter(name, p, algorithm=algorithm, shape=shape)
+        if route.algorithm == "frozen":  # it stays in its group, without state, until it is trainable
+            kept = algorithm or ("muon" if len(shape) >= 2 else "adamw")
+            route = Route(name=name, algorithm=kept, reason=route.reason, view=MatrixView() if kept == "muon" else None)
+        if route.view is not None:
+            asked = {key: options[key] for key in ("kind", "split", "transpose") if options.get(key) is not None}
+            route = Route(
+                name=name,
+                algorithm="muon",
+                reason=route.reason,
+                view=MatrixView(**{"kind": route.view.kind, "split": None, "transpose": False, **_plain(asked)}),
+            )
+            matrices_of(shape, route.view or MatrixView(), name or "a parameter")
+        part = parts.setdefault((route.algorithm, route.view), {"params": [], "reasons": []})
+        part["params"].append((name, p) if name else p)
+        part["reasons"].append(reasons[k] if reasons else route.reason)
+    _refuse_unknown(set(options), {algorithm for algorithm, _ in parts})
+    return [_complete(part, *key, options, defaults) for key, part in parts.items()]
+
+
+def _refuse_unknown(keys: set[str], algorithms: set[str]) -> None:
+    known = set().union(*(GROUP_KEYS[a] for a in algorithms)) - {"params", "param_names", "algorithm", "reasons"}
+    unknown = keys - known - SCHEDULER_KEYS
+    if unknown:
+        raise ValueError(f"a parameter group for {' and '.join(sorted(algorithms))} does not take {sorted(unknown)}; it takes {sorted(known)}")
+
+
+def _plain(asked: Mapping[str, Any]) -> dict[str, Any]:
+    split = asked.get("split")
+    return {**asked, **({"split": tuple(split)} if isinstance(split, Sequence) and not isinstance(split, str) else {})}
+
+
+def _complete(
+    part: dict[str, Any], algorithm: str, view: MatrixView | None, options: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One group with every hyperparameter of its algorithm; the user's options win over the optimizer's arguments."""
+    prefix = "muon" if algorithm == "muon" else "adam"
+    own = defaults[f"{prefix}_lr"]
+    complete: dict[str, Any] = {**part, "algorithm": algorithm, "lr": defaults["lr"] if own is None else own}
+    if algorithm == "muon":
+        assert view is not None
+        complete.update({key: defaults[key] for key in MUON_KEYS - {"lr"}})
+        complete.update(kind=view.kind, split=view.split, transpose=view.transpose)
+    else:
+        decay = defaults["adam_weight_decay"]
+        complete.update(
+            weight_decay=defaults["weight_decay"] if decay is None else decay, betas=defaults["adam_betas"], eps=defaults["adam_eps"]
+        )
+    complete.update({k: v for k, v in options.items() if k in (GROUP_KEYS[algorithm] | SCHEDULER_KEYS) - {"kind", "split", "transpose"}})
+    if algorithm == "adamw":
+        complete["betas"] = tuple(complete["betas"]) if isinstance(complete["betas"], Sequence) else complete["betas"]
+    return complete
+
+
+def group_routes(group: Mapping[str, Any]) -> list[tuple[Route, Tensor]]:
+    """Each parameter of a group with its route, in order."""
+    view = None
+    if group["algorithm"] == "muon":
+        view = MatrixView(kind=group["kind"], split=group["split"], transpose=group["transpose"])
+    members = group["params"]
+    names = group.get("param_names") or [""] * len(members)
+    return [
+        (Route(name=name, algorithm=group["algorithm"] if p.requires_grad else "frozen", reason=reason, view=view), p)
+        for name, reason, p in zip(names, group["reasons"], members, strict=True)
+    ]
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a hyperparameter outside its range."""
+
+    def number(key: str, low: float, high: float = math.inf) -> None:
+        value = group[key]
+        value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
+            raise ValueError(f"{key} must be a number in [{low}, {high}), got {group[key]!r}")
+
+    number("lr", 0)
+    number("weight_decay", 0)
+    number("eps", 0)
+    if group["algorithm"] == "adamw":
+        betas = group["betas"]
+        if not isinstance(betas, Sequence) or len(betas) != 2 or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in betas):
+            raise ValueError(f"adam_betas must be two numbers in [0, 1), got {betas!r}")
+        return
+    number("momentum", 0, 1)
+    if not isinstance(group["nesterov"], bool):
+        raise ValueError(f"nesterov must be True or False, got {group['nesterov']!r}")
+    if group["ns_steps"] == "adaptive":
+        raise ValueError("ns_steps='adaptive' is not available yet: give a fixed number of steps, such as 5")
+    schedule_for(group["polynomial"], group["ns_steps"])
+    update_scale(group["adjust_lr_fn"], 1, 1)
+    dtype_named(group["compute_dtype"], "compute_dtype")
+    if dtype_named(group["wire_dtype"], "wire_dtype") == torch.float16:
+        raise ValueError("wire_dtype can't be fp16: momentum of any size travels, and fp16 can't hold it. Use bf16 or fp32")
+
+
+def translate_state_groups(state_dict: Mapping[str, Any], current: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A state dict with complete groups, from this optimizer's or from `torch.optim.Muon`'s and `torch.optim.AdamW`'s.
+
+    Hyperparameters come from the state dict, the structure of the groups from the current optimizer.
+
+    Raises:
+        ValueError: another number of groups, another algorithm, or an option of another optimizer that can't be honoured.
+    """
+    saved_groups = state_dict["param_groups"]
+    if len(saved_groups) != len(current):
+        raise ValueError(
+            f"the state dict has {len(saved_groups)} parameter groups, this optimizer {len(current)}: build it with the same groups"
+        )
+    groups = []
+    for k, (saved, own) in enumerate(zip(saved_groups, current)):
+        saved = dict(saved)
+        if saved.get("algorithm", own["algorithm"]) != own["algorithm"]:
+            raise ValueError(f"group {k} was saved for {saved['algorithm']!r}, but this optimizer gives it to {own['algorithm']!r}")
+        if "ns_coefficients" in saved:  # torch.optim.Muon
+            triple = tuple(saved.pop("ns_coefficients"))
+            saved["polynomial"] = "jordan" if triple == JORDAN else triple
+        for key in ("amsgrad", "maximize"):
+            if saved.pop(key, False):
+                raise ValueError(f"group {k} was saved with {key}=True, which MuonDist does not have")
+        for key in ("foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"):
+            saved.pop(key, None)
+        unknown = set(saved) - GROUP_KEYS[own["algorithm"]] - SCHEDULER_KEYS
+        if unknown:
+            raise ValueError(f"group {k} of the state dict has options that MuonDist does not know: {sorted(unknown)}")
+        structure = {key: own[key] for key in STRUCTURE - {"params"} if key in own}
+        groups.append({**own, **saved, **structure, "params": saved["params"]})
+    return {**state_dict, "param_groups": groups}

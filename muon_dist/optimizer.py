@@ -1,0 +1,518 @@
+"""MuonDist: Muon under any sharding, with AdamW for what is not a matrix. Groups, state, and the order of one step.
+
+A step, on every rank:
+
+1.  One small all-reduce tells whether all gradients are finite and which parameters have one anywhere. What follows is
+    decided by that tensor on the device; the host never waits for it.
+2.  Bucket by bucket: momentum on the fragments this rank stores; their Nesterov form travels to the matrices' owners (one
+    all-to-all); owners run Newton–Schulz on whole matrices, equal shapes as one batch; the updates travel back (one
+    all-to-all) and are applied to the fragments. The next bucket travels while this one is orthogonalised.
+3.  AdamW for the rest runs while the first bucket travels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
+
+from .binding import BoundParameter, Domain, all_gather_rows, bind_domains, local_tensor
+from .groups import GROUP_KEYS, check_group, group_routes, read_groups, translate_state_groups
+from .polar.newton_schulz import orthogonalize_batch
+from .polar.polynomials import Polynomial
+from .polar.scaling import update_scale
+from .routing import Route
+from .sharding.exchange import Leg, Traffic
+from .sharding.layout import ShardLayout
+from .sharding.state import complete_replicas, elsewhere, fit_state, is_elsewhere, is_unset, unset
+
+
+# A change of these in a group changes the plan or what owners compute, so the next step binds again.
+REBIND_KEYS = ("ns_steps", "polynomial", "eps", "compute_dtype", "wire_dtype", "kind", "split", "transpose")
+
+
+class MuonDist(torch.optim.Optimizer):
+    """Muon for the matrices of a model and AdamW for everything else, the same update under any sharding.
+
+    Args:
+        params: `model.named_parameters()`, groups from `build_param_groups`, plain parameters, or groups (dicts) whose
+            "params" are either; a group may set "algorithm" to "muon" or "adamw" and any hyperparameter of its algorithm.
+            Parameters may be plain tensors (replicas over `process_group`), DTensors (FSDP2, HSDP, tensor parallelism), or
+            fragments described by `layouts`.
+        lr: learning rate of both kinds of group; `muon_lr` and `adam_lr` override it for one.
+        weight_decay: decoupled, by the unadjusted learning rate; `adam_weight_decay` overrides it for AdamW.
+        momentum, nesterov: as in `torch.optim.Muon`: buf.lerp_(g, 1 − momentum); the update is of g.lerp(buf, momentum).
+        ns_steps: Newton–Schulz steps.
+        polynomial: "jordan", "polar_express", "cans", "deepseek_v4", one (a, b, c) repeated, or one (a, b, c) per step.
+        adjust_lr_fn: "match_rms_adamw" (0.2·√max(rows, cols)), "original" or None (√max(1, rows/cols)), "spectral"
+            (√(rows/cols)) or "none".
+        adam_betas, adam_eps: AdamW's.
+        compute_dtype: of Newton–Schulz, a dtype or a name ("bf16"). None: bf16 on an accelerator, fp32 on a CPU, fp64 for
+            fp64 parameters.
+        wire_dtype: of what travels: bf16, fp32 or fp64. None: the compute dtype (fp32 where that is fp16).
+        process_group: the ranks over which plain tensors are replicas. None: all ranks.
+        layouts: name -> `ShardLayout` for fragments whose place their tensors don't tell.
+        bucket_mb: MiB on the wire that an owner receives in one bucket, a single larger matrix excepted.
+        eps: smallest Frobenius norm that a matrix is divided by; guards only against zero.
+        nonfinite: what a NaN or infinity in any rank's gradient does: "skip" the step on all ranks, state included, counted
+            in `skipped_steps`; or "raise" on all of them (costs a wait for the device).
+
+    Raises:
+        ValueError: an invalid hyperparameter, a parameter that can't be routed, or a placement that can't be supported.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_steps: int | str = 5,
+        polynomial: Polynomial = "jordan",
+        adjust_lr_fn: str | None = "match_rms_adamw",
+        *,
+        muon_lr: float | None = None,
+        adam_lr: float | None = None,
+        adam_betas: tuple[float, float] = (0.9, 0.95),
+        adam_eps: float = 1e-8,
+        adam_weight_decay: float | None = None,
+        compute_dtype: torch.dtype | str | None = None,
+        wire_dtype: torch.dtype | str | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        layouts: Mapping[str, ShardLayout] | None = None,
+        bucket_mb: float = 64,
+        eps: float = 1e-20,
+        nonfinite: str = "skip",
+    ) -> None:
+        if nonfinite not in ("skip", "raise"):
+            raise ValueError(f"nonfinite={nonfinite!r}: choose 'skip' or 'raise'")
+        if isinstance(bucket_mb, bool) or not isinstance(bucket_mb, (int, float)) or not bucket_mb > 0:
+            raise ValueError(f"bucket_mb must be a positive number of MiB, got {bucket_mb!r}")
+        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+            raise ValueError(f"process_group must be a torch.distributed process group or None, got {process_group!r}")
+        for name, layout in (layouts or {}).items():
+            if not isinstance(layout, ShardLayout):
+                raise ValueError(f"layouts[{name!r}] must be a ShardLayout, got {type(layout).__name__}")
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_steps": ns_steps,
+            "polynomial": polynomial,
+            "adjust_lr_fn": adjust_lr_fn,
+            "muon_lr": muon_lr,
+            "adam_lr": adam_lr,
+            "adam_betas": adam_betas,
+            "adam_eps": adam_eps,
+            "adam_weight_decay": adam_weight_decay,
+            "compute_dtype": compute_dtype,
+            "wire_dtype": wire_dtype,
+            "eps": eps,
+        }
+        self._bucket_bytes = int(bucket_mb * 2**20)
+        self._nonfinite = nonfinite
+        self._start_unbound(process_group, dict(layouts or {}))
+        self._reading = False  # the constructor's groups are read as a whole, later ones as they come
+        super().__init__(read_groups(params, defaults, self._layouts), defaults)
+        self._reading = True
+
+    def _start_unbound(self, process_group: dist.ProcessGroup | None, layouts: dict[str, ShardLayout]) -> None:
+        self._process_group = process_group
+        self._layouts = layouts
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._domains: list[Domain] = []
+        self._flag_group: dist.ProcessGroup | None = None
+        self._signature: tuple[Any, ...] | None = None
+        self._has_copies = False  # ranks hold momentum that another owns: after binding, consolidate() or load_state_dict()
+        self._skipped: Tensor | None = None
+
+    # ---------------------------------------------------------------------------------------------------------- groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; one without an "algorithm" becomes up to two, Muon's and AdamW's. The next step binds again."""
+        ready = read_groups([param_group], self.defaults, self._layouts) if self._reading else [param_group]
+        for group in ready:
+            super().add_param_group(group)
+            added = self.param_groups[-1]
+            for key in set(added) & set(self.defaults) - GROUP_KEYS[added["algorithm"]]:  # the base class fills in every default
+                del added[key]
+            for p in added["params"]:
+                if p.requires_grad:
+                    self._declare_state(p, added["algorithm"])
+
+    def _declare_state(self, p: Tensor, algorithm: str) -> None:
+        """Give a parameter its state entry. Keys are equal on all ranks from the start; memory comes when layouts are known."""
+        for key in ("momentum_buffer",) if algorithm == "muon" else ("step", "exp_avg", "exp_avg_sq"):
+            self.state[p].setdefault(key, unset())
+
+    @property
+    def routes(self) -> list[Route]:
+        """Every parameter's route, with the reason, in the order of the groups."""
+        return [route for group in self.param_groups for route, _ in group_routes(group)]
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped because a gradient was not finite. Waits for the device."""
+        return 0 if self._skipped is None else int(self._skipped.item())
+
+    # --------------------------------------------------------------------------------------------------------- binding
+
+    def bind(self) -> None:
+        """Learn where every parameter lies, agree on a plan, and allocate state. Collective; done by the first step.
+
+        Nothing happens where the parameters are the same as at the last call.
+
+        Raises:
+            ValueError: the ranks don't agree, replicas hold other values, or a placement isn't supported.
+            RuntimeError: not all ranks came in time.
+        """
+        signature = tuple(
+            (repr([group.get(key) for key in REBIND_KEYS]), [(id(p), p.requires_grad) for p in group["params"]])
+            for group in self.param_groups
+        )
+        if signature == self._signature:
+            return
+        for group in self.param_groups:
+            check_group(group)
+        entries = [(route.name, p, group, route) for group in self.param_groups for route, p in group_routes(group) if p.requires_grad]
+        self._domains = bind_domains(
+            entries,
+            process_group=self._process_group,
+            layouts=self._layouts,
+            bucket_bytes=self._bucket_bytes,
+            groups=self._groups,
+        )
+        self._flag_group = self._agree_on_flag_group()
+        for domain in self._domains:
+            for bound in domain.parameters:
+                self._declare_state(bound.parameter, bound.route.algorithm)
+            self._complete_replicas(domain, everywhere=False)
+            for bound in domain.parameters:
+                self._allocate_state(domain, bound)
+        kept = {p for group in self.param_groups for p in group["params"]}
+        for p in [p for p in self.state if p not in kept]:  # replaced by their host since
+            del self.state[p]
+        self._has_copies = True
+        self._signature = signature
+
+    def _agree_on_flag_group(self) -> dist.ProcessGroup | None:
+        """The group that shares the finite flag where domains are several; None where one domain holds everything.
+
+        Ranks with unlike parameters must agree on whether there is such a reduction, hence this one.
+        """
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(self._process_group) == 1:
+            return None
+        device = self._domains[0].device if self._domains else torch.device("cpu")
+        everyone = sorted(dist.get_process_group_ranks(self._process_group or dist.group.WORLD))
+        alone = len(self._domains) == 1 and list(self._domains[0].ranks) == everyone
+        several = torch.tensor([0 if alone else 1], dtype=torch.int32, device=device)
+        dist.all_reduce(several, dist.ReduceOp.MAX, group=self._process_group)
+        return (self._process_group or dist.group.WORLD) if several.item() else None
+
+    def _allocate_state(self, domain: Domain, bound: BoundParameter) -> None:
+        p, state = bound.parameter, self.state[bound.parameter]
+        for key in ("momentum_buffer",) if bound.muon else ("exp_avg", "exp_avg_sq"):
+            if not is_unset(state[key]) and not is_elsewhere(state[key]):
+                state[key] = fit_state(state[key], p, bound.placement.fragments[domain.me], bound.name)
+            elif bound.muon and not domain.owns(bound):
+                state[key] = elsewhere()
+            else:
+                state[key] = torch.zeros_like(p)
+        if not bound.muon:
+            step = 0.0 if is_unset(state["step"]) else state["step"]
+            state["step"] = torch.as_tensor(step, dtype=torch.float32, device=bound.local.device)
+
+    def _complete_replicas(self, domain: Domain, *, everywhere: bool) -> None:
+        """Bring the momentum of replicated parameters to their owners, who may have changed, or to every rank."""
+        replicated = [b for b in domain.parameters if b.muon and b.placement.replicated]
+        if not replicated or domain.process_group is None:
+            return
+        values = [self.state[b.parameter]["momentum_buffer"] for b in replicated]
+        has = torch.tensor([not (is_unset(v) or is_elsewhere(v)) for v in values], dtype=torch.int64)
+        owners = [domain.owner_of(b) for b in replicated]
+        complete = complete_replicas(
+            values,
+            [b.local for b in replicated],
+            lambda i, holders: not bool(holders.all() if everywhere else holders[owners[i]]),
+            group=domain.process_group,
+            ranks=domain.ranks,
+            has=all_gather_rows(has, domain),
+        )
+        for bound, value in zip(replicated, complete):
+            self.state[bound.parameter]["momentum_buffer"] = value
+
+    def _drop_copies(self) -> None:
+        """Let go of momentum that another rank owns."""
+        for domain in self._domains:
+            for bound in domain.parameters:
+                if bound.muon and not domain.owns(bound):
+                    self.state[bound.parameter]["momentum_buffer"] = elsewhere()
+        self._has_copies = False
+
+    # ------------------------------------------------------------------------------------------------------------ step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One optimizer step. Collective: every rank of every domain takes it.
+
+        A parameter whose gradient is None on all ranks is left alone, decay included; None on some counts as zero there.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.bind()
+        if self._has_copies:
+            self._drop_copies()
+        grads = {b: _local_gradient(b) for domain in self._domains for b in domain.parameters}
+        go = self._agree_on_gradients(grads)  # BoundParameter -> 0-d bool on its device: whether its step happens
+
+        jobs = [(domain, bucket) for domain in self._domains for bucket in range(len(domain.plan.buckets))]
+        forms: dict[BoundParameter, Tensor] = {}  # what owners orthogonalise, while some of it has yet to travel
+
+        def start(job: int) -> Traffic:
+            domain, bucket = jobs[job]
+            self._momentum(domain, bucket, grads, go, forms)
+            return domain.exchange.start_gather(bucket, lambda i: forms[domain.parameters[i]])
+
+        travelling = start(0) if jobs else None
+        self._adamw(grads, go)
+        returning: tuple[Domain, Traffic] | None = None
+        for job, (domain, bucket) in enumerate(jobs):
+            arriving, travelling = travelling, start(job + 1) if job + 1 < len(jobs) else None
+            assert arriving is not None
+            batches = domain.exchange.finish_gather(bucket, arriving, lambda i: forms[domain.parameters[i]])
+            for i in domain.last_bucket[bucket]:
+                del forms[domain.parameters[i]]
+            updates = self._orthogonalize(domain, bucket, batches, go)
+            scattered = domain.exchange.start_scatter(bucket, updates)
+            self._apply(domain, domain.exchange.updates_at_home(bucket, updates))
+            if returning is not None:
+                self._apply(returning[0], returning[1].wait())
+            returning = (domain, scattered)
+        if returning is not None:
+            self._apply(returning[0], returning[1].wait())
+        return loss
+
+    def _agree_on_gradients(self, grads: dict[BoundParameter, Tensor | None]) -> dict[BoundParameter, Tensor]:
+        """Whether each parameter's step happens, as a 0-d bool where it is stored: all gradients are finite, some rank has its own.
+
+        Parameters that have a gradient here share one tensor, since for them only the first question is open.
+        """
+        flags: list[Tensor] = []  # per domain: [not finite, has a gradient …]
+        for domain in self._domains:
+            flag = torch.tensor([0, *(grads[b] is not None for b in domain.parameters)], dtype=torch.int32, device=domain.device)
+            own = [g for b in domain.parameters if (g := grads[b]) is not None and g.numel()]
+            if own:
+                largest = torch.stack([n.to(domain.device, torch.float64) for n in torch._foreach_norm(own, float("inf"))])
+                flag[0] = ~largest.isfinite().all()
+            if domain.process_group is not None:
+                dist.all_reduce(flag, dist.ReduceOp.MAX, group=domain.process_group)
+            flags.append(flag)
+        bad = torch.stack([flag[0].to(flags[0].device) for flag in flags]).amax() if flags else torch.zeros((), dtype=torch.int32)
+        if self._flag_group is not None:
+            dist.all_reduce(bad, dist.ReduceOp.MAX, group=self._flag_group)
+        if self._nonfinite == "raise" and bad.item():
+            here = [b.name or str(b.placement.shape) for b, g in grads.items() if g is not None and not g.isfinite().all()]
+            raise ValueError(
+                f"a gradient is not finite: {', '.join(here) or 'on another rank'}; nothing was updated. Lower the learning rate or the "
+                "loss scale, or construct with nonfinite='skip' to leave such steps out"
+            )
+        self._skipped = bad.to(torch.int64) if self._skipped is None else self._skipped + bad
+        go: dict[BoundParameter, Tensor] = {}
+        finite = {device: bad.to(device) == 0 for device in {b.local.device for b in grads}}
+        for domain, flag in zip(self._domains, flags):
+            for k, b in enumerate(domain.parameters):
+                here_too = finite[b.local.device]
+                go[b] = here_too if grads[b] is not None else here_too & (flag[1 + k].to(here_too.device) > 0)
+        return go
+
+    def _momentum(
+        self,
+        domain: Domain,
+        bucket: int,
+        grads: dict[BoundParameter, Tensor | None],
+        go: dict[BoundParameter, Tensor],
+        forms: dict[BoundParameter, Tensor],
+    ) -> None:
+        """Decay and momentum of the parameters whose first matrix is in this bucket; puts what travels into `forms`.
+
+        Where a step doesn't happen, the buffer stands in for the gradient: buf.lerp_(buf, …) is buf, and no NaN gets further.
+        """
+        by_group: dict[int, list[BoundParameter]] = {}
+        for i in domain.first_bucket[bucket]:
+            bound = domain.parameters[i]
+            forms[bound] = bound.local  # where another rank owns it, nothing of it is read here
+            by_group.setdefault(id(bound.group), []).append(bound)
+        for members in by_group.values():
+            group = members[0].group
+            _decay(members, 1 - float(group["lr"]) * group["weight_decay"], go)
+            members = [b for b in members if domain.owns(b)]
+            if not members:
+                continue
+            buffers = [local_tensor(self.state[b.parameter]["momentum_buffer"]) for b in members]
+            fresh = [torch.where(go[b], _or_zero(grads[b], buffer), buffer) for b, buffer in zip(members, buffers)]
+            torch._foreach_lerp_(buffers, fresh, 1 - group["momentum"])
+            if group["nesterov"]:
+                torch._foreach_lerp_(fresh, buffers, group["momentum"])
+            forms.update(zip(members, fresh if group["nesterov"] else buffers))
+
+    def _orthogonalize(self, domain: Domain, bucket: int, batches: list[Tensor], go: dict[BoundParameter, Tensor]) -> list[Tensor]:
+        """The updates of this rank's matrices, batch by batch; zeros where a parameter's step doesn't happen."""
+        updates = []
+        for indices, batch in zip(domain.exchange.routes[bucket].batches, batches):
+            bounds = [domain.parameters[domain.plan.matrices[i].parameter] for i in indices]
+            first = bounds[0]
+            keep = torch.stack([go[b] for b in bounds]).to(domain.device)
+            updates.append(
+                orthogonalize_batch(batch, first.schedule, compute_dtype=first.compute_dtype, eps=first.group["eps"], keep=keep)
+            )
+        return updates
+
+    def _apply(self, domain: Domain, updates: list[tuple[Leg, Tensor]]) -> None:
+        """p −= lr · scale · update on the pieces that arrived; matrices of steps that don't happen arrive as zeros."""
+        by_factor: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+        for leg, update in updates:
+            bound, matrix = domain.parameters[leg.parameter], domain.matrices[leg.matrix]
+            factor = -float(bound.group["lr"]) * update_scale(bound.group["adjust_lr_fn"], matrix.rows, matrix.cols)
+            assert leg.view is not None  # updates are for holders
+            targets, sources = by_factor.setdefault(factor, ([], []))
+            targets.append(leg.view.of(bound.local))
+            sources.append(update.to(targets[-1].device))
+        for factor, (targets, sources) in by_factor.items():
+            torch._foreach_add_(targets, sources, alpha=factor)
+
+    def _adamw(self, grads: dict[BoundParameter, Tensor | None], go: dict[BoundParameter, Tensor]) -> None:
+        """torch's fused AdamW on the fragments; it leaves state alone where `found_inf` says that the step doesn't happen."""
+        for domain in self._domains:
+            together: dict[int, list[BoundParameter]] = {}
+            for b in domain.parameters:
+                if not b.muon and b.local.numel():
+                    # one that has no gradient here may have one elsewhere: only its own flag tells
+                    together.setdefault(id(b.group) if grads[b] is not None else -1 - b.position, []).append(b)
+            for members in together.values():
+                group, stop = members[0].group, ~go[members[0]]
+                states = [self.state[b.parameter] for b in members]
+                locals_ = [b.local for b in members]
+                adamw(
+                    locals_,
+                    [_or_zero(grads[b], p).to(p.dtype) for b, p in zip(members, locals_)],
+                    [local_tensor(s["exp_avg"]) for s in states],
+                    [local_tensor(s["exp_avg_sq"]) for s in states],
+                    [],
+                    [s["step"] for s in states],
+                    fused=True,
+                    found_inf=stop.to(torch.float32),
+                    amsgrad=False,
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    lr=float(group["lr"]),
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    maximize=False,
+                )
+
+    # ----------------------------------------------------------------------------------------------------- state dicts
+
+    def consolidate(self) -> None:
+        """Bring the momentum of replicated parameters to every rank, so that `state_dict()` is complete on all. Collective.
+
+        The next step lets the copies go again. Sharded parameters need no consolidation.
+        """
+        self.bind()
+        for domain in self._domains:
+            self._complete_replicas(domain, everywhere=True)
+        self._has_copies = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state per parameter, each in its parameter's own sharding. Never communicates.
+
+        Raises:
+            RuntimeError: replicated parameters' momentum lives with other ranks; call `consolidate()` on all ranks first.
+        """
+        result = super().state_dict()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        missing = 0
+        for index, p in enumerate(parameters):
+            if p not in self.state:
+                continue
+            entry = dict(self.state[p])
+            for key, value in entry.items():
+                missing += is_elsewhere(value)
+                if is_unset(value):
+                    entry[key] = torch.zeros((), dtype=torch.float32) if key == "step" else torch.zeros_like(p)
+            result["state"][index] = entry
+        if missing:
+            raise RuntimeError(
+                f"the momentum of {missing} replicated parameters lives with their owner ranks, so this state dict would be "
+                "incomplete. Call optimizer.consolidate() on all ranks first; then state_dict() is complete on each of them"
+            )
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class or of `torch.optim.Muon`. Doesn't communicate.
+
+        Momentum of replicated parameters is expected whole on every rank, as `consolidate()` leaves it.
+        """
+        super().load_state_dict(translate_state_groups(state_dict, self.param_groups))
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad:
+                    self._declare_state(p, group["algorithm"])
+        self._signature = None  # the next step checks what was loaded and agrees again
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"bucket_bytes": self._bucket_bytes, "nonfinite": self._nonfinite}
+        return {**super().__getstate__(), "muon_dist": own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        own = state.pop("muon_dist", None)
+        super().__setstate__(state)
+        if own is not None:  # unpickled: process groups and layouts don't travel
+            self._bucket_bytes, self._nonfinite = own["bucket_bytes"], own["nonfinite"]
+            self._start_unbound(None, {})
+            self._reading = True
+
+
+def _local_gradient(bound: BoundParameter) -> Tensor | None:
+    """This rank's part of a gradient, checked against its parameter."""
+    grad = bound.parameter.grad
+    if grad is None:
+        return None
+    if grad.is_sparse:
+        raise ValueError(f"{bound.name or 'a parameter'} has a sparse gradient, which MuonDist does not take; use sparse=False in its embedding")
+    if isinstance(bound.parameter, DTensor):
+        if not isinstance(grad, DTensor) or grad.placements != bound.parameter.placements:
+            raise ValueError(
+                f"{bound.name or 'a parameter'} is placed {bound.parameter.placements} but its gradient "
+                f"{getattr(grad, 'placements', 'is a plain tensor')}; redistribute the gradient to the parameter's placements"
+            )
+        grad = grad.to_local()
+        if hasattr(grad, "wait"):
+            grad = grad.wait()
+    return grad
+
+
+def _or_zero(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad.to(like.dtype)
+
+
+def _decay(members: list[BoundParameter], factor: float, go: dict[BoundParameter, Tensor]) -> None:
+    """Multiply parameters by `factor` where their step happens. As a tensor of half precision, 1 − lr·wd would round to 1."""
+    alike: dict[tuple[int, torch.dtype], list[BoundParameter]] = {}
+    for b in members:
+        alike.setdefault((id(go[b]), b.parameter.dtype), []).append(b)
+    for (_, dtype), same in alike.items():
+        flag, tensors = go[same[0]], [b.local for b in same]
+        if dtype in (torch.float32, torch.float64):
+            one = torch.ones((), dtype=dtype, device=flag.device)
+            torch._foreach_mul_(tensors, torch.where(flag, one * factor, one))
+        else:
+            torch._foreach_copy_(tensors, [torch.where(flag, t * factor, t) for t in tensors])

@@ -1,0 +1,1 @@
+"""Tensor mathematics: polynomials, Newton–Schulz, matrix views, update scales. Knows no ranks."""

@@ -1,0 +1,1 @@
+"""Who holds which piece of a parameter, and how pieces travel. Knows ranks; knows nothing of Muon."""

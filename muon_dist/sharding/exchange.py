@@ -1,0 +1,241 @@
+"""The exchange: pieces travel to the owners, updates travel back. One all_to_all_single each way per bucket.
+
+`BucketRoute` is the plan as one rank sees it, worked out once. `Exchange` owns every buffer and every Work handle: a
+`Gather` or `Scatter` that was started must be finished, and finishing waits for its collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .layout import Box, Fragment, box_numel, box_shape
+from .plan import Plan
+
+DTYPE_OF_WIRE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class LocalView:
+    """A piece as a view of the tensor in which a rank stores its fragment.
+
+    A fragment of one box is stored in that box's shape, whatever its strides; several boxes are stored flat, one after the
+    other, and `flat` names the (offset, shape) of the one that the piece lies in.
+    """
+
+    flat: tuple[int, tuple[int, ...]] | None
+    slices: tuple[slice, ...]
+
+    def of(self, local: Tensor) -> Tensor:
+        if self.flat is not None:
+            offset, shape = self.flat
+            size = 1
+            for s in shape:
+                size *= s
+            local = local.view(-1)[offset : offset + size].view(shape)
+        return local[self.slices]
+
+
+def local_view(fragment: Fragment, piece: Box, stored_as_box: bool) -> LocalView:
+    """Where `piece` lies in the tensor of a rank that stores `fragment`."""
+    offset = 0
+    for box in fragment:
+        if all(a <= c and d <= b for (a, b), (c, d) in zip(box, piece)):
+            slices = tuple(slice(c - a, d - a) for (a, _), (c, d) in zip(box, piece))
+            return LocalView(None if stored_as_box else (offset, box_shape(box)), slices)
+        offset += box_numel(box)
+    raise ValueError(f"piece {piece} does not lie in one box of the fragment {fragment}")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A piece's place in an owner's batches: which batch, which matrix in it, and the part of that matrix."""
+
+    batch: int
+    index: int
+    shape: tuple[int, ...]  # the matrix's box in the parameter: (m, n), (1, m, n) for an expert, (out, in, *k) for a kernel
+    slices: tuple[slice, ...]
+
+    def of(self, batches: Sequence[Tensor]) -> Tensor:
+        return batches[self.batch][self.index].reshape(self.shape)[self.slices]
+
+
+@dataclass(frozen=True)
+class Leg:
+    """One piece on its way: the matrix and parameter it belongs to, and where it lies on this rank."""
+
+    matrix: int
+    parameter: int
+    numel: int
+    shape: tuple[int, ...]
+    view: LocalView | None = None  # at a holder
+    slot: Slot | None = None  # at the owner
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketRoute:
+    """One bucket as one rank sees it. Lists by peer are in the order of the wire, the same on both ends."""
+
+    batches: tuple[tuple[int, ...], ...]  # the matrices that this rank orthogonalises, each tuple as one batch
+    batch_shapes: tuple[tuple[int, int, int], ...]
+    wire: torch.dtype
+    gathers: bool
+    scatters: bool
+    gather_out: tuple[tuple[Leg, ...], ...]
+    gather_in: tuple[tuple[Leg, ...], ...]
+    stay: tuple[Leg, ...]  # pieces that this rank holds and owns: they never travel
+    scatter_out: tuple[tuple[Leg, ...], ...]
+    scatter_in: tuple[tuple[Leg, ...], ...]
+
+
+def route_bucket(plan: Plan, bucket: int, me: int, stored_as_box: Callable[[int], bool]) -> BucketRoute:
+    """The part that rank `me` takes in a bucket. `stored_as_box(parameter)`: its local tensor has its fragment's one box as shape."""
+    indices = plan.buckets[bucket]
+    grouped: dict[Hashable, list[int]] = {}
+    for i in indices:
+        if plan.owners[i] == me:
+            grouped.setdefault((plan.matrices[i].shape, plan.matrices[i].batch_key), []).append(i)
+    batches = tuple(map(tuple, grouped.values()))
+    place = {i: (b, k) for b, batch in enumerate(batches) for k, i in enumerate(batch)}
+
+    def per_peer() -> list[list[Leg]]:
+        return [[] for _ in range(plan.n_ranks)]
+
+    gather_out, gather_in, scatter_out, scatter_in = per_peer(), per_peer(), per_peer(), per_peer()
+    stay = []
+    for i in indices:
+        task, owner = plan.matrices[i], plan.owners[i]
+        fragment = plan.placements[task.parameter].fragments[me]
+        for piece in plan.pieces[i]:
+            if owner != me and me not in piece.holders:
+                continue
+            view = local_view(fragment, piece.box, stored_as_box(task.parameter)) if me in piece.holders else None
+            slot = None
+            if owner == me:
+                inside = tuple(slice(c - a, d - a) for (a, _), (c, d) in zip(task.box, piece.box))
+                slot = Slot(*place[i], box_shape(task.box), inside)
+            leg = Leg(i, task.parameter, box_numel(piece.box), box_shape(piece.box), view, slot)
+            if owner == me:
+                (stay if piece.source == me else gather_in[piece.source]).append(leg)
+                for holder in piece.holders:
+                    if holder != me:
+                        scatter_out[holder].append(leg)
+            else:
+                if piece.source == me:
+                    gather_out[owner].append(leg)
+                scatter_in[owner].append(leg)
+    frozen = [tuple(map(tuple, legs)) for legs in (gather_out, gather_in, scatter_out, scatter_in)]
+    return BucketRoute(
+        batches=batches,
+        batch_shapes=tuple((len(batch), *plan.matrices[batch[0]].shape) for batch in batches),
+        wire=DTYPE_OF_WIRE[plan.matrices[indices[0]].wire],
+        gathers=plan.gathers(bucket),
+        scatters=plan.scatters(bucket),
+        gather_out=frozen[0],
+        gather_in=frozen[1],
+        stay=tuple(stay),
+        scatter_out=frozen[2],
+        scatter_in=frozen[3],
+    )
+
+
+class Traffic:
+    """A started all-to-all: its buffers, its Work handle, and the legs that arrive, each with its part of the buffer."""
+
+    def __init__(
+        self,
+        out: Sequence[Sequence[Leg]],
+        into: Sequence[Sequence[Leg]],
+        read: Callable[[Leg], Tensor],
+        *,
+        travels: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        self.arriving = [leg for legs in into for leg in legs]
+        self._work: dist.Work | None = None
+        self._received = torch.empty(0, dtype=dtype, device=device)
+        if not travels:
+            return
+        out_splits = [sum(leg.numel for leg in legs) for legs in out]
+        in_splits = [sum(leg.numel for leg in legs) for legs in into]
+        leaving = [leg for legs in out for leg in legs]
+        self._sent = torch.empty(sum(out_splits), dtype=dtype, device=device)  # kept until the collective is done
+        self._received = torch.empty(sum(in_splits), dtype=dtype, device=device)
+        copy([part.view(leg.shape) for leg, part in _parts(leaving, self._sent)], [read(leg) for leg in leaving])
+        self._work = dist.all_to_all_single(self._received, self._sent, in_splits, out_splits, group=group, async_op=True)
+
+    def wait(self) -> list[tuple[Leg, Tensor]]:
+        """Wait for the collective; what arrived, as views of the receive buffer. The send buffer is let go."""
+        if self._work is not None:
+            self._work.wait()
+            del self._sent
+        self._work = None
+        return [(leg, part.view(leg.shape)) for leg, part in _parts(self.arriving, self._received)]
+
+
+class Exchange:
+    """One rank's side of all buckets of a domain."""
+
+    def __init__(self, routes: Sequence[BucketRoute], *, group: dist.ProcessGroup | None, device: torch.device) -> None:
+        self.routes = tuple(routes)
+        self._group = group
+        self._device = device
+
+    def start_gather(self, bucket: int, local: Callable[[int], Tensor]) -> Traffic:
+        """Send this rank's pieces to their owners. `local(parameter)` is the tensor in which this rank stores its fragment."""
+        route = self.routes[bucket]
+        return self._start(route, route.gather_out, route.gather_in, lambda leg: _viewed(leg, local), route.gathers)
+
+    def finish_gather(self, bucket: int, traffic: Traffic, local: Callable[[int], Tensor]) -> list[Tensor]:
+        """The matrices this rank owns, (B, m, n) per batch, in the wire dtype also where nothing travelled."""
+        route = self.routes[bucket]
+        batches = [torch.empty(shape, dtype=route.wire, device=self._device) for shape in route.batch_shapes]
+        arrived = traffic.wait()
+        slots = [_slotted(leg, batches) for leg, _ in arrived] + [_slotted(leg, batches) for leg in route.stay]
+        copy(slots, [part for _, part in arrived] + [_viewed(leg, local) for leg in route.stay])
+        return batches
+
+    def start_scatter(self, bucket: int, batches: Sequence[Tensor]) -> Traffic:
+        """Send the updates of the matrices this rank owns to all that hold a piece."""
+        route = self.routes[bucket]
+        return self._start(route, route.scatter_out, route.scatter_in, lambda leg: _slotted(leg, batches), route.scatters)
+
+    def updates_at_home(self, bucket: int, batches: Sequence[Tensor]) -> list[tuple[Leg, Tensor]]:
+        """The updates of pieces that this rank holds and owns, rounded as if they had travelled."""
+        route = self.routes[bucket]
+        return [(leg, _slotted(leg, batches).to(route.wire)) for leg in route.stay]
+
+    def _start(
+        self,
+        route: BucketRoute,
+        out: Sequence[Sequence[Leg]],
+        into: Sequence[Sequence[Leg]],
+        read: Callable[[Leg], Tensor],
+        travels: bool,
+    ) -> Traffic:
+        return Traffic(out, into, read, travels=travels, dtype=route.wire, device=self._device, group=self._group)
+
+
+def copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
+def _parts(legs: Sequence[Leg], buffer: Tensor) -> list[tuple[Leg, Tensor]]:
+    return list(zip(legs, buffer.split([leg.numel for leg in legs]))) if legs else []
+
+
+def _viewed(leg: Leg, local: Callable[[int], Tensor]) -> Tensor:
+    assert leg.view is not None  # only holders read
+    return leg.view.of(local(leg.parameter))
+
+
+def _slotted(leg: Leg, batches: Sequence[Tensor]) -> Tensor:
+    assert leg.slot is not None  # only owners write
+    return leg.slot.of(batches)

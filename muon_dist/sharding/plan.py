@@ -1,0 +1,235 @@
+"""The plan: which rank orthogonalises which matrix, in which bucket it travels, and what that costs.
+
+Pure data from global metadata, so every rank computes the same plan without talking; ranks compare its digest when they
+bind. Ranks are positions in a domain (0 … n−1), not global ranks. Costs are passed in: nothing here knows Newton–Schulz.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .layout import Box, Placement, box_numel
+
+# What moving a byte costs in floating-point operations when owners are chosen: a rank that runs 400 TFLOP/s behind a
+# 100 GB/s link does 4,000 of them in the time of one byte. It decides only between ranks that are about equally loaded.
+FLOPS_PER_BYTE = 4_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixTask:
+    """One matrix to orthogonalise.
+
+    Attributes:
+        name: for reports.
+        parameter: position of its parameter among the domain's placements.
+        box: the matrix's place in the parameter.
+        shape: (m, n) as stored; matrices of one shape and `batch_key` are orthogonalised together.
+        flops: of its orthogonalisation.
+        workspace: bytes that its orthogonalisation needs beside input and output.
+        wire: the dtype's name on the wire; a bucket carries one.
+        wire_itemsize: its bytes per element.
+    """
+
+    name: str
+    parameter: int
+    box: Box
+    shape: tuple[int, int]
+    flops: int
+    workspace: int
+    wire: str
+    wire_itemsize: int
+    batch_key: Hashable = None
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def wire_bytes(self) -> int:
+        return self.numel * self.wire_itemsize
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a matrix as it lies on the ranks: its box, the rank whose copy the owner reads, and all that hold it."""
+
+    box: Box
+    source: int
+    holders: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankLoad:
+    """What one step asks of a rank: FLOPs, bytes sent and received on the wire, and the peak of its temporary memory."""
+
+    flops: int
+    bytes_sent: int
+    bytes_received: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Owners, pieces and buckets. `buckets` holds positions in `matrices`; every rank joins every bucket, in order."""
+
+    placements: tuple[Placement, ...]
+    matrices: tuple[MatrixTask, ...]
+    owners: tuple[int, ...]
+    pieces: tuple[tuple[Piece, ...], ...]
+    buckets: tuple[tuple[int, ...], ...]
+    n_ranks: int
+    digest: str
+
+    def gathers(self, bucket: int) -> bool:
+        """Whether anything travels to the owners in this bucket."""
+        return any(p.source != self.owners[i] for i in self.buckets[bucket] for p in self.pieces[i])
+
+    def scatters(self, bucket: int) -> bool:
+        """Whether any update travels back in this bucket."""
+        return any(h != self.owners[i] for i in self.buckets[bucket] for p in self.pieces[i] for h in p.holders)
+
+    def loads(self) -> list[RankLoad]:
+        """The cost of one step on every rank.
+
+        The peak counts, in the worst bucket, the wire buffers of its gather and scatter, those of the next gather and
+        the last scatter (which travel meanwhile), the matrices that are orthogonalised with their results, and the
+        workspace of the largest batch.
+        """
+        n = self.n_ranks
+        flops = np.zeros(n, np.int64)
+        gather, scatter = np.zeros((len(self.buckets), 2, n), np.int64), np.zeros((len(self.buckets), 2, n), np.int64)
+        owned = np.zeros((len(self.buckets), n), np.int64)
+        workspace = np.zeros((len(self.buckets), n), np.int64)
+        for b, bucket in enumerate(self.buckets):
+            batches: dict[tuple[int, Hashable], int] = {}
+            for i in bucket:
+                task, owner = self.matrices[i], self.owners[i]
+                flops[owner] += task.flops
+                owned[b, owner] += 2 * task.wire_bytes
+                key = (owner, (task.shape, task.batch_key))
+                batches[key] = batches.get(key, 0) + task.workspace
+                for piece in self.pieces[i]:
+                    size = box_numel(piece.box) * task.wire_itemsize
+                    if piece.source != owner:
+                        gather[b, 0, piece.source] += size
+                        gather[b, 1, owner] += size
+                    away = np.array([h for h in piece.holders if h != owner], np.int64)
+                    scatter[b, 0, owner] += size * len(away)
+                    scatter[b, 1, away] += size
+            for (owner, _), size in batches.items():
+                workspace[b, owner] = max(workspace[b, owner], size)
+        nothing = np.zeros(n, np.int64)
+        peak = nothing
+        for b in range(len(self.buckets)):
+            beside = (gather[b + 1].sum(0) if b + 1 < len(self.buckets) else nothing) + (scatter[b - 1].sum(0) if b else nothing)
+            peak = np.maximum(peak, beside + np.maximum(gather[b].sum(0), scatter[b].sum(0)) + owned[b] + workspace[b])
+        sent, received = (gather[:, k].sum(0) + scatter[:, k].sum(0) for k in (0, 1))
+        return [
+            RankLoad(flops=int(flops[r]), bytes_sent=int(sent[r]), bytes_received=int(received[r]), peak_bytes=int(peak[r]))
+            for r in range(n)
+        ]
+
+    def imbalance(self) -> float:
+        """The busiest owner's FLOPs over the mean of all ranks; 1 is even."""
+        return _over_mean(np.bincount(self.owners, [t.flops for t in self.matrices], self.n_ranks).max(initial=0), self)
+
+    def imbalance_lower_bound(self) -> float:
+        """What no choice of owners can beat: the costliest single piece of work over the mean, and at least 1."""
+        units = [sum(self.matrices[i].flops for i in unit) for unit in _units(self.placements, self.matrices)]
+        return max(1.0, _over_mean(max(units, default=0), self))
+
+
+def _over_mean(flops: float, plan: Plan) -> float:
+    total = sum(task.flops for task in plan.matrices)
+    return float(flops) * plan.n_ranks / total if total else 1.0
+
+
+def make_plan(placements: Sequence[Placement], matrices: Sequence[MatrixTask], *, n_ranks: int, bucket_bytes: int) -> Plan:
+    """Choose an owner for every matrix and cut the work into buckets.
+
+    Owners: costliest first, each matrix goes to the rank that would be done first, where done counts FLOPs and the bytes
+    that would have to move there; so a rank that already holds most of a matrix wins among equals. The matrices of a
+    replicated parameter stay together, since its momentum lives whole with its owner.
+
+    Buckets: each owner's matrices, largest shapes first and equal shapes side by side, are cut where one rank would
+    receive more than `bucket_bytes`; bucket k joins the k-th cut of every owner, so all owners work at the same time.
+    A matrix larger than that is a cut of its own.
+    """
+    all_parts = [placements[task.parameter].pieces(task.box) for task in matrices]
+    owners = _choose_owners(placements, matrices, all_parts, n_ranks)
+    sent = np.zeros(n_ranks, np.int64)
+    pieces = []
+    for task, owner, parts in zip(matrices, owners, all_parts):
+        own = []
+        for box, holders in parts:
+            source = owner if owner in holders else min(holders, key=lambda r: (sent[r], r))
+            if source != owner:
+                sent[source] += box_numel(box) * task.wire_itemsize
+            own.append(Piece(box, source, holders))
+        pieces.append(tuple(own))
+    buckets = _cut_buckets(matrices, owners, bucket_bytes)
+    digest = hashlib.sha256(
+        repr((n_ranks, list(placements), list(matrices), owners, buckets)).encode()
+    ).hexdigest()
+    return Plan(
+        placements=tuple(placements),
+        matrices=tuple(matrices),
+        owners=tuple(owners),
+        pieces=tuple(pieces),
+        buckets=buckets,
+        n_ranks=n_ranks,
+        digest=digest,
+    )
+
+
+def _units(placements: Sequence[Placement], matrices: Sequence[MatrixTask]) -> list[list[int]]:
+    """Matrices that must share an owner: those of one replicated parameter; every other matrix is by itself."""
+    units: dict[tuple[int, int], list[int]] = {}
+    for i, task in enumerate(matrices):
+        key = (task.parameter, -1 if placements[task.parameter].replicated else i)
+        units.setdefault(key, []).append(i)
+    return list(units.values())
+
+
+def _choose_owners(
+    placements: Sequence[Placement],
+    matrices: Sequence[MatrixTask],
+    parts: Sequence[tuple[tuple[Box, tuple[int, ...]], ...]],
+    n_ranks: int,
+) -> list[int]:
+    owners = [0] * len(matrices)
+    load = np.zeros(n_ranks)
+    units = _units(placements, matrices)
+    for unit in sorted(units, key=lambda u: (-sum(matrices[i].flops for i in u), matrices[u[0]].name, u[0])):
+        missing = np.zeros(n_ranks)  # bytes of the unit that a rank doesn't hold: they come in, and their update goes out
+        for i in unit:
+            missing += 2 * matrices[i].wire_bytes
+            if placements[matrices[i].parameter].replicated:
+                missing -= 2 * matrices[i].wire_bytes
+                continue
+            for box, holders in parts[i]:
+                missing[list(holders)] -= 2 * box_numel(box) * matrices[i].wire_itemsize
+        cost = sum(matrices[i].flops for i in unit) + FLOPS_PER_BYTE * missing
+        owner = int(np.argmin(load + cost))
+        load[owner] += cost[owner]
+        for i in unit:
+            owners[i] = owner
+    return owners
+
+
+def _cut_buckets(matrices: Sequence[MatrixTask], owners: Sequence[int], bucket_bytes: int) -> tuple[tuple[int, ...], ...]:
+    order = sorted(range(len(matrices)), key=lambda i: (-matrices[i].numel, matrices[i].shape, repr(matrices[i].batch_key), i))
+    buckets: dict[tuple[str, int], list[int]] = {}
+    filled: dict[tuple[str, int], tuple[int, int]] = {}  # (wire dtype, owner) -> (its current cut, bytes in it)
+    for i in order:
+        task = matrices[i]
+        cut, size = filled.get((task.wire, owners[i]), (0, 0))
+        if size and size + task.wire_bytes > bucket_bytes:
+            cut, size = cut + 1, 0
+        filled[(task.wire, owners[i])] = (cut, size + task.wire_bytes)
+        buckets.setdefault((task.wire, cut), []).append(i)
+    return tuple(tuple(buckets[key]) for key in sorted(buckets))

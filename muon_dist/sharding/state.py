@@ -1,0 +1,89 @@
+"""Optimizer state that loads at another world size: what stands where state is not, and how replicas' state is completed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from .layout import Fragment, box_shape
+
+# A state entry has its keys on every rank from the start. Until layouts are known a value is UNSET, which means zeros; where
+# another rank keeps it, it is ELSEWHERE. Both are empty tensors that tell themselves apart by shape, so they survive pickling.
+_UNSET = (0, 0, 0, 0, 0, 0, 0)
+_ELSEWHERE = (0, 0, 0, 0, 0, 0, 0, 0)
+
+
+def unset() -> Tensor:
+    """Stands for zeros that have not been allocated."""
+    return torch.empty(_UNSET)
+
+
+def elsewhere() -> Tensor:
+    """Stands for state that another rank keeps."""
+    return torch.empty(_ELSEWHERE)
+
+
+def is_unset(value: object) -> bool:
+    return isinstance(value, Tensor) and tuple(value.shape) == _UNSET
+
+
+def is_elsewhere(value: object) -> bool:
+    return isinstance(value, Tensor) and tuple(value.shape) == _ELSEWHERE
+
+
+def fit_state(value: Tensor, parameter: Tensor, fragment: Fragment, name: str) -> Tensor:
+    """State as a parameter needs it: as it is where the shapes agree, or this rank's fragment of a whole, plain tensor.
+
+    Raises:
+        ValueError: state of another shape or sharding.
+    """
+    if isinstance(value, DTensor) == isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        if not isinstance(value, DTensor) or value.placements == getattr(parameter, "placements", None):
+            return value
+    if isinstance(parameter, DTensor) and not isinstance(value, DTensor) and value.shape == parameter.shape:
+        result = torch.zeros_like(parameter)
+        for box in fragment:  # a DTensor's fragment is one box
+            result.to_local().copy_(value[tuple(slice(a, b) for a, b in box)].reshape(box_shape(box)))
+        return result
+    placed = f" placed {value.placements}" if isinstance(value, DTensor) else ""
+    raise ValueError(
+        f"the state loaded for {name or 'a parameter'} has shape {tuple(value.shape)}{placed}, its parameter has {tuple(parameter.shape)}. "
+        "Load through torch.distributed.checkpoint, which reshards, or from a state dict saved with this sharding"
+    )
+
+
+def complete_replicas(
+    values: Sequence[Tensor],
+    like: Sequence[Tensor],
+    needs: Callable[[int, Tensor], bool],
+    *,
+    group: dist.ProcessGroup | None,
+    ranks: Sequence[int],
+    has: Tensor,
+) -> list[Tensor]:
+    """Bring replicated state to ranks that need it, by broadcasts from the first rank that has it.
+
+    Args:
+        values: this rank's state per parameter, some of it unset or elsewhere.
+        like: tensors of the shape, dtype and device that each value has where it is.
+        needs: (i, ranks that have value i) -> whether any rank must still receive it; equal on all ranks.
+        has: (ranks, len(values)), which rank has which value.
+
+    Returns:
+        The values, complete where they were broadcast.
+    """
+    result = list(values)
+    if group is None:
+        return result
+    for i, value in enumerate(values):
+        holders = has[:, i]
+        if not holders.any() or not needs(i, holders):
+            continue
+        absent = is_unset(value) or is_elsewhere(value)
+        result[i] = torch.empty_like(like[i]) if absent else value
+        dist.broadcast(result[i], src=ranks[int(holders.to(torch.int64).argmax())], group=group)
+    return result
