@@ -357,7 +357,7 @@ def checksum(tensor: Tensor) -> Tensor:
     for start in range(0, bits.numel(), chunk):
         part = bits[start : start + chunk].to(torch.int64)
         weights = torch.arange(start, start + part.numel(), device=tensor.device).mul_(2 * 2_654_435_761).add_(1)  # odd
-        total += part.mul_(weights).sum()
+        total += (part * weights).sum()
     return total
 
 

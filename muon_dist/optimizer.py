@@ -489,11 +489,15 @@ def _local_gradient(bound: BoundParameter) -> Tensor | None:
     if grad.is_sparse:
         raise ValueError(f"{bound.name or 'a parameter'} has a sparse gradient, which MuonDist does not take; use sparse=False in its embedding")
     if isinstance(bound.parameter, DTensor):
-        if not isinstance(grad, DTensor) or grad.placements != bound.parameter.placements:
+        wanted = bound.parameter.placements
+        placed = grad.placements if isinstance(grad, DTensor) else None
+        if placed is None or any(have != want and not have.is_replicate() for have, want in zip(placed, wanted, strict=True)):
             raise ValueError(
-                f"{bound.name or 'a parameter'} is placed {bound.parameter.placements} but its gradient "
-                f"{getattr(grad, 'placements', 'is a plain tensor')}; redistribute the gradient to the parameter's placements"
+                f"{bound.name or 'a parameter'} is placed {wanted} but its gradient is {placed or 'a plain tensor'}: taking its part would "
+                "need communication. Redistribute the gradient to the parameter's placements before the step"
             )
+        if placed != wanted:
+            grad = grad.redistribute(placements=wanted)  # from replicas: every rank takes its own part
         grad = grad.to_local()
         if hasattr(grad, "wait"):
             grad = grad.wait()

@@ -1,0 +1,10 @@
+"""What the server imports once, so that every forked rank starts in a tenth of a second."""
+
+import torch
+import torch.distributed.checkpoint.state_dict
+import torch.distributed.fsdp
+import torch.distributed.tensor.parallel  # noqa: F401
+
+import muon_dist  # noqa: F401
+
+torch.set_num_threads(1)

@@ -1,0 +1,52 @@
+"""The same update, whatever the sharding: every placement's updates equal the reference's on whole matrices.
+
+The reference is fed the gradients that the host reduced. Updates are compared (no decay, learning rate 1), not parameters.
+"""
+
+import pytest
+import torch
+
+from muon_dist import MuonDist
+
+from . import models
+from .ranks import run_ranks
+from .reference import ReferenceMuon
+
+BOUNDS = {torch.float64: 1e-10, torch.float32: 2e-5}
+
+PLACEMENTS = [
+    *[("replicas", n, "odd") for n in (1, 2, 3, 4)],
+    *[("fsdp2", n, "odd") for n in (1, 2, 3, 4)],
+    *[("fsdp2_dim1", n, "even") for n in (2, 4)],
+    ("hsdp", 4, "odd"),
+    *[("tp", n, "even") for n in (2, 4)],
+    ("tp", 3, "odd"),
+    ("fsdp2_tp", 4, "even"),
+    ("fsdp2_tp", 4, "wide"),  # FSDP2 itself refuses a tensor-parallel shard with nothing in it
+    *[("mixed", n, "odd") for n in (2, 3, 4)],
+]
+
+
+def updates_against_reference(placement: str, shapes: str, dtype: torch.dtype, options: dict) -> float:
+    model = models.place(models.make_bank(models.SHAPES[shapes], dtype), placement)
+    parameters = models.whole_parameters(model)
+    optimizer = MuonDist(model.named_parameters(), lr=1.0, weight_decay=0.0, **options)
+    reference = ReferenceMuon(parameters, models.muon_names(parameters), lr=1.0, weight_decay=0.0)
+    worst = 0.0
+    for seed in range(3):
+        models.backward(model, seed, placement)
+        before = models.whole_parameters(model)
+        reference.parameters = {name: p.clone() for name, p in before.items()}
+        reference.step(models.whole_gradients(model))
+        optimizer.step()
+        errors = models.relative_errors(before, models.whole_parameters(model), reference.parameters)
+        worst = max(worst, *errors.values())
+    return worst
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize(("placement", "world", "shapes"), PLACEMENTS, ids=lambda v: str(v))
+def test_updates_equal_the_reference(placement: str, world: int, shapes: str, dtype: torch.dtype) -> None:
+    # buckets of 8 KiB, so that several travel at once
+    worst = run_ranks(world, updates_against_reference, placement, shapes, dtype, {"bucket_mb": 0.008})
+    assert max(worst) <= BOUNDS[dtype]
