@@ -112,3 +112,7 @@ def relative_errors(before: Any, after: dict[str, Tensor], expected: dict[str, T
         reference = expected[name] - b
         result[name] = float(((after[name] - b) - reference).norm() / reference.norm().clamp_min(1e-300))
     return result
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -4,7 +4,9 @@ A rank that raises fails the test with its traceback; one that doesn't end in ti
 """
 
 import multiprocessing
+import multiprocessing.connection
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -40,8 +42,8 @@ def run_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float =
                 break
             for rank in [r for r, pipe in waiting.items() if pipe in ready]:
                 try:
-                    ok, results[rank] = waiting.pop(rank).recv()
-                except EOFError:
+                    ok, results[rank] = pickle.loads(waiting.pop(rank).recv_bytes())
+                except (EOFError, ConnectionResetError):
                     ok, results[rank] = False, f"rank {rank} died"
                 if not ok:
                     errors.append(f"rank {rank}:\n{results[rank]}")
@@ -66,11 +68,11 @@ def _rank(pipe: Any, rank: int, n: int, folder: str, backend: str, function: Cal
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank))
         dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=n)
         result = function(*args)
-        pipe.send((True, result))
+        pipe.send_bytes(pickle.dumps((True, result)))
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:
-        pipe.send((False, traceback.format_exc()))
+        pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
         os._exit(1)
     finally:
         pipe.close()

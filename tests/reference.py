@@ -73,7 +73,8 @@ class ReferenceMuon:
         buffer.lerp_(g, 1 - self.momentum)
         form = g.lerp(buffer, self.momentum) if self.nesterov else buffer
         p.mul_(1 - self.lr * self.weight_decay)
-        for piece, target in zip(form.split(self.muon[name]), p.split(self.muon[name]), strict=True):
+        sizes, outputs = self.muon[name], 1 if p.ndim == 3 else 0
+        for piece, target in zip(form.split(sizes, outputs), p.split(sizes, outputs), strict=True):
             for matrix, part in zip(self.matrices(piece), self.matrices(target), strict=True):
                 update = orthogonalize(matrix, self.schedule)
                 part.add_(update, alpha=-self.lr * scale(self.adjust_lr_fn, *matrix.shape))
