@@ -394,7 +394,7 @@ class MuonDist(torch.optim.Optimizer):
         for domain in self._domains:
             together: dict[int, list[BoundParameter]] = {}
             for b in domain.parameters:
-                if not b.muon and b.local.numel():
+                if not b.muon:  # empty shards too: their step count is saved by whichever rank writes it
                     # one that has no gradient here may have one elsewhere: only its own flag tells
                     together.setdefault(id(b.group) if grads[b] is not None else -1 - b.position, []).append(b)
             for members in together.values():

@@ -1,26 +1,33 @@
-import torch
+import torch, tempfile,sys
 from muon_dist import MuonDist
 from tests import models
 from tests.ranks import run_ranks
-from tests.reference import ReferenceMuon
-def f(placement, shapes, dtype):
-    model = models.place(models.make_bank(models.ODD if shapes == "odd" else models.EVEN, dtype), placement)
-    parameters = models.whole_parameters(model)
-    optimizer = MuonDist(model.named_parameters(), lr=1.0, weight_decay=0.0, bucket_mb=.008)
-    reference = ReferenceMuon(parameters, models.muon_names(parameters), lr=1.0, weight_decay=0.0)
+from tests.test_checkpoints import *
+def g(folder):
+    model, optimizer = make("fsdp2")
+    train(model, optimizer, "fsdp2", range(2))
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.save(state, checkpoint_id=folder)
+    again, other = make("fsdp2")
+    with torch.no_grad():
+        for p in again.parameters(): p.zero_()
+    state = {"model": get_model_state_dict(again), "optimizer": get_optimizer_state_dict(again, other)}
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(again, state["model"])
+    set_optimizer_state_dict(again, other, state["optimizer"])
     out=[]
-    for seed in range(2):
-        models.backward(model, seed, placement)
-        before = models.whole_parameters(model)
-        reference.parameters = {name: p.clone() for name, p in before.items()}
-        reference.step(models.whole_gradients(model))
-        optimizer.step()
-        errors = models.relative_errors(before, models.whole_parameters(model), reference.parameters)
-        out.append({k:v for k,v in errors.items() if v>1e-10})
-    d=optimizer._domains
-    out.append([(b,[d[0].plan.matrices[i].name for i in bb],[d[0].plan.owners[i] for i in bb]) for b,bb in enumerate(d[0].plan.buckets)])
+    def cmp(tag):
+      for (n,p),(m,q) in zip(model.named_parameters(), again.named_parameters()):
+        if not torch.equal(models.whole(p),models.whole(q)): out.append((tag,n,(models.whole(p)-models.whole(q)).abs().max()))
+        for k in optimizer.state[p]:
+            a,b=optimizer.state[p][k],other.state[q][k]
+            if not torch.equal(models.whole(a),models.whole(b)): out.append((tag,n,k,models.whole(a),models.whole(b)))
+    cmp(0)
+    for s in (2,3):
+      for m,o in ((model,optimizer),(again,other)): train(m,o,"fsdp2",range(s,s+1))
+      out.append([torch.equal(models.whole(p.grad),models.whole(q.grad)) for p,q in zip(model.parameters(),again.parameters())])
+      cmp(s)
     return out
 if __name__=="__main__":
-    import sys
-    for r in run_ranks(int(sys.argv[2]), f, sys.argv[1], sys.argv[3], torch.float64)[:1]:
-        for x in r: print(x)
+  with tempfile.TemporaryDirectory() as d:
+    for x in run_ranks(4,g,d)[0]: print(x)
