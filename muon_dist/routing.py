@@ -120,7 +120,8 @@ def build_param_groups(
         **options: put into every group, such as lr=... or weight_decay=....
 
     Returns:
-        Groups with "params" (names and parameters), "algorithm", "view" and "reasons" (one per parameter).
+        Groups with "params" (names and parameters), "algorithm", "reasons" (one per parameter), and for Muon "kind", "split"
+        and "transpose", which say how its parameters are read as matrices.
 
     Raises:
         ValueError: a pattern that matches nothing, two patterns of one kind or of muon and adamw that match the same parameter,
@@ -136,7 +137,7 @@ def build_param_groups(
     algorithms = _match({**{("muon", p): p for p in muon}, **{("adamw", p): p for p in adamw}}, names, "muon/adamw")
     splits = _match({("split", p): p for p in split or {}}, names, "split")
     transposes = _match({("transpose", p): p for p in transpose}, names, "transpose")
-    vocabularies = {m.num_embeddings for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    head = _output_head(model)
 
     groups: dict[tuple[str, MatrixView | None], dict[str, Any]] = {}
     for name, p in named:
@@ -147,8 +148,8 @@ def build_param_groups(
             route = Route(name=name, algorithm=route.algorithm, reason=f"asked for by {asked[0]}={asked[1]!r}", view=route.view)
         else:
             route = route_parameter(name, p, module=module)
-            if route.view is not None and isinstance(module, nn.Linear) and module.out_features in vocabularies:
-                reason = f"output head: its {module.out_features} outputs are the symbols of an embedding"
+            if route.view is not None and head is not None and module is head:
+                reason = f"output head: the last linear layer, its {head.out_features} outputs are the symbols of an embedding"
                 route = Route(name=name, algorithm="adamw", reason=reason)
         if name in splits or name in transposes:
             if route.view is None:
@@ -160,13 +161,20 @@ def build_param_groups(
             route = Route(name=name, algorithm=route.algorithm, reason=route.reason, view=view)
         if route.view is not None:
             matrices_of(p.shape, route.view, name)  # sizes that don't add up are said here
-        group = groups.setdefault(
-            (route.algorithm, route.view),
-            {"params": [], "algorithm": route.algorithm, "reasons": [], **({"view": route.view} if route.view else {}), **options},
-        )
+        view = route.view
+        structure = {} if view is None else {"kind": view.kind, "split": view.split, "transpose": view.transpose}
+        empty = {"params": [], "algorithm": route.algorithm, "reasons": [], **structure, **options}
+        group = groups.setdefault((route.algorithm, view), empty)
         group["params"].append((name, p))
         group["reasons"].append(route.reason)
     return list(groups.values())
+
+
+def _output_head(model: nn.Module) -> nn.Linear | None:
+    """The last linear layer, if it maps to the symbols of the largest embedding. Hidden layers may have as many outputs by chance."""
+    vocabulary = max((m.num_embeddings for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))), default=None)
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    return linears[-1] if linears and linears[-1].out_features == vocabulary else None
 
 
 def _match(patterns: Mapping[tuple[str, str], str], names: Sequence[str], what: str) -> dict[str, tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -83,7 +84,7 @@ def orthogonalize(
         raise ValueError(f"orthogonalize needs a real floating-point tensor, got {x.dtype}")
     chosen = schedule_for(polynomial, steps) if schedule is None else explicit_schedule(schedule)
     compute = dtype_named(compute_dtype, "compute_dtype") or default_compute_dtype(x.device, x.dtype)
-    batch = x.reshape(-1, *x.shape[-2:])
+    batch = x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
     return orthogonalize_batch(batch, chosen, compute_dtype=compute).to(x.dtype).reshape(x.shape)
 
 
