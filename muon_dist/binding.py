@@ -304,7 +304,7 @@ def _compare_plans(domain: Domain) -> None:
         f"{[b.group[k] for k in ('momentum', 'nesterov', 'adjust_lr_fn') if b.muon]}"
         for b in domain.parameters
     ]
-    digest = hashlib.sha256("\n".join([domain.plan.digest, *lines]).encode()).digest()
+    digest = hashlib.sha256("\n".join([domain.plan.digest(), *lines]).encode()).digest()
     digests = all_gather_rows(torch.tensor(list(digest), dtype=torch.int64), domain)
     if (digests != digests[0]).any():
         everyone: list[Any] = [None] * len(domain.ranks)

@@ -57,6 +57,13 @@ def test_the_size_of_the_input_does_not_matter(size: float) -> None:
     torch.testing.assert_close(orthogonalize(x * size), orthogonalize(x), rtol=0, atol=2e-5)
 
 
+def test_the_input_is_left_as_it_is() -> None:
+    x = torch.randn(3, 8, 5)
+    before = x.clone()
+    orthogonalize(x)
+    assert torch.equal(x, before)
+
+
 def test_zero_gives_zero_and_empty_gives_empty() -> None:
     assert not orthogonalize(torch.zeros(3, 5, 4)).any()
     assert orthogonalize(torch.zeros(0, 5)).shape == (0, 5)

@@ -1,0 +1,1 @@
+"""Paired measurements against peers. Ratios are quoted, from medians of pairs in one run; absolute times are not claims."""

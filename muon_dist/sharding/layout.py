@@ -171,15 +171,15 @@ class Placement:
 
 
 def _overlap(boxes: list[Box]) -> bool:
-    if len(boxes) < 2:
-        return False
+    """Whether any two boxes share an element. Compares each with its first neighbour, its second, …, by order of rows."""
     starts, stops = np.array(boxes).transpose(2, 0, 1)  # (boxes, dims) each
     order = np.argsort(starts[:, 0], kind="stable")
     starts, stops = starts[order], stops[order]
-    for i in range(len(boxes) - 1):
-        end = int(np.searchsorted(starts[:, 0], stops[i, 0]))  # later boxes that begin before this one ends
-        later = slice(i + 1, max(end, i + 1))
-        if bool(((starts[later] < stops[i]) & (starts[i] < stops[later])).all(axis=1).any()):
+    for k in range(1, len(boxes)):
+        near = starts[k:, 0] < stops[:-k, 0]
+        if not near.any() and not (starts[k:, 0] < np.maximum.accumulate(stops[:, 0])[:-k]).any():
+            return False
+        if bool(((starts[k:] < stops[:-k]) & (starts[:-k] < stops[k:])).all(axis=1).any()):
             return True
     return False
 

@@ -82,7 +82,11 @@ class Plan:
     pieces: tuple[tuple[Piece, ...], ...]
     buckets: tuple[tuple[int, ...], ...]
     n_ranks: int
-    digest: str
+
+    def digest(self) -> str:
+        """A hash of everything that ranks must agree on."""
+        agreed = (self.n_ranks, self.placements, self.matrices, self.owners, self.buckets)
+        return hashlib.sha256(repr(agreed).encode()).hexdigest()
 
     def gathers(self, bucket: int) -> bool:
         """Whether anything travels to the owners in this bucket."""
@@ -102,6 +106,7 @@ class Plan:
         n = self.n_ranks
         flops = np.zeros(n, np.int64)
         gather, scatter = np.zeros((len(self.buckets), 2, n), np.int64), np.zeros((len(self.buckets), 2, n), np.int64)
+        memo: dict[int, np.ndarray | None] = {}
         owned = np.zeros((len(self.buckets), n), np.int64)
         workspace = np.zeros((len(self.buckets), n), np.int64)
         for b, bucket in enumerate(self.buckets):
@@ -112,14 +117,23 @@ class Plan:
                 owned[b, owner] += 2 * task.wire_bytes
                 key = (owner, (task.shape, task.batch_key))
                 batches[key] = batches.get(key, 0) + task.workspace
+                held = _held_alone(self.pieces[i], n, memo)
+                if held is not None:
+                    away = held * task.wire_itemsize
+                    away[owner] = 0
+                    gather[b, 0] += away
+                    gather[b, 1, owner] += away.sum()
+                    scatter[b, 0, owner] += away.sum()
+                    scatter[b, 1] += away
+                    continue
                 for piece in self.pieces[i]:
                     size = box_numel(piece.box) * task.wire_itemsize
                     if piece.source != owner:
                         gather[b, 0, piece.source] += size
                         gather[b, 1, owner] += size
-                    away = np.array([h for h in piece.holders if h != owner], np.int64)
-                    scatter[b, 0, owner] += size * len(away)
-                    scatter[b, 1, away] += size
+                    others = np.array([h for h in piece.holders if h != owner], np.int64)
+                    scatter[b, 0, owner] += size * len(others)
+                    scatter[b, 1, others] += size
             for (owner, _), size in batches.items():
                 workspace[b, owner] = max(workspace[b, owner], size)
         nothing = np.zeros(n, np.int64)
@@ -159,22 +173,22 @@ def make_plan(placements: Sequence[Placement], matrices: Sequence[MatrixTask], *
     receive more than `bucket_bytes`; bucket k joins the k-th cut of every owner, so all owners work at the same time.
     A matrix larger than that is a cut of its own.
     """
-    all_parts = [placements[task.parameter].pieces(task.box) for task in matrices]
-    owners = _choose_owners(placements, matrices, all_parts, n_ranks)
+    all_pieces = _pieces_of(placements, matrices)
+    owners = _choose_owners(placements, matrices, all_pieces, n_ranks)
     sent = np.zeros(n_ranks, np.int64)
     pieces = []
-    for task, owner, parts in zip(matrices, owners, all_parts):
+    for task, owner, parts in zip(matrices, owners, all_pieces, strict=True):
+        if all(len(piece.holders) == 1 for piece in parts):
+            pieces.append(parts)
+            continue
         own = []
-        for box, holders in parts:
-            source = owner if owner in holders else min(holders, key=lambda r: (sent[r], r))
+        for piece in parts:  # the owner's own copy, else that of the rank which has sent least
+            source = owner if owner in piece.holders else min(piece.holders, key=lambda r: (sent[r], r))
             if source != owner:
-                sent[source] += box_numel(box) * task.wire_itemsize
-            own.append(Piece(box, source, holders))
+                sent[source] += box_numel(piece.box) * task.wire_itemsize
+            own.append(Piece(piece.box, source, piece.holders))
         pieces.append(tuple(own))
     buckets = _cut_buckets(matrices, owners, bucket_bytes)
-    digest = hashlib.sha256(
-        repr((n_ranks, list(placements), list(matrices), owners, buckets)).encode()
-    ).hexdigest()
     return Plan(
         placements=tuple(placements),
         matrices=tuple(matrices),
@@ -182,8 +196,29 @@ def make_plan(placements: Sequence[Placement], matrices: Sequence[MatrixTask], *
         pieces=tuple(pieces),
         buckets=buckets,
         n_ranks=n_ranks,
-        digest=digest,
     )
+
+
+def _pieces_of(placements: Sequence[Placement], matrices: Sequence[MatrixTask]) -> list[tuple[Piece, ...]]:
+    """The pieces of every matrix, each with its first holder as source. Layers that lie alike share them."""
+    memo: dict[tuple[int, Box], tuple[Piece, ...]] = {}
+    result = []
+    for task in matrices:
+        placement = placements[task.parameter]
+        key = (id(placement.fragments), task.box)
+        if key not in memo:
+            memo[key] = tuple(Piece(box, holders[0], holders) for box, holders in placement.pieces(task.box))
+        result.append(memo[key])
+    return result
+
+
+def _held_alone(pieces: tuple[Piece, ...], n_ranks: int, memo: dict[int, np.ndarray | None]) -> np.ndarray | None:
+    """Elements per rank where every piece has one holder, else None."""
+    if id(pieces) not in memo:
+        alone = all(len(piece.holders) == 1 for piece in pieces)
+        sizes = [box_numel(piece.box) for piece in pieces]
+        memo[id(pieces)] = np.bincount([p.source for p in pieces], sizes, n_ranks).astype(np.int64) if alone else None
+    return memo[id(pieces)]
 
 
 def _units(placements: Sequence[Placement], matrices: Sequence[MatrixTask]) -> list[list[int]]:
@@ -198,21 +233,25 @@ def _units(placements: Sequence[Placement], matrices: Sequence[MatrixTask]) -> l
 def _choose_owners(
     placements: Sequence[Placement],
     matrices: Sequence[MatrixTask],
-    parts: Sequence[tuple[tuple[Box, tuple[int, ...]], ...]],
+    pieces: Sequence[tuple[Piece, ...]],
     n_ranks: int,
 ) -> list[int]:
     owners = [0] * len(matrices)
     load = np.zeros(n_ranks)
+    memo: dict[int, np.ndarray | None] = {}
     units = _units(placements, matrices)
     for unit in sorted(units, key=lambda u: (-sum(matrices[i].flops for i in u), matrices[u[0]].name, u[0])):
         missing = np.zeros(n_ranks)  # bytes of the unit that a rank doesn't hold: they come in, and their update goes out
         for i in unit:
-            missing += 2 * matrices[i].wire_bytes
             if placements[matrices[i].parameter].replicated:
-                missing -= 2 * matrices[i].wire_bytes
                 continue
-            for box, holders in parts[i]:
-                missing[list(holders)] -= 2 * box_numel(box) * matrices[i].wire_itemsize
+            missing += 2 * matrices[i].wire_bytes
+            held = _held_alone(pieces[i], n_ranks, memo)
+            if held is not None:
+                missing -= 2 * held * matrices[i].wire_itemsize
+                continue
+            for piece in pieces[i]:
+                missing[list(piece.holders)] -= 2 * box_numel(piece.box) * matrices[i].wire_itemsize
         cost = sum(matrices[i].flops for i in unit) + FLOPS_PER_BYTE * missing
         owner = int(np.argmin(load + cost))
         load[owner] += cost[owner]

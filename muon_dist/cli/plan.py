@@ -1,0 +1,177 @@
+"""`muon-dist plan CONFIG --dp N --tp N --zero STAGE`: owners, balance, bytes and memory, from shapes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..polar.matrix_view import matrices_of
+from ..polar.newton_schulz import flops
+from ..sharding.layout import Fragment, Placement, ShardLayout, fragment_numel
+from ..sharding.plan import MatrixTask, Plan, make_plan
+from .models import ModelParameter, model_parameters
+from .table import si, table, write_json
+
+WIRE_BYTES = 2  # bf16
+STATE_BYTES = 4  # fp32, per element of momentum or of one of AdamW's two moments
+
+
+def placements(parameters: list[ModelParameter], dp: int, tp: int, zero: int) -> list[Placement]:
+    """Where dp × tp ranks keep every parameter; tensor-parallel ranks are neighbours: rank = dp_rank · tp + tp_rank.
+
+    Stage 0 replicates over dp, stages 1 and 2 cut one flat buffer of each tensor-parallel rank's parameters into dp slices,
+    stage 3 cuts every parameter.
+    """
+    blocks = [_blocks(p, tp) for p in parameters]
+    local = [[math.prod(b - a for a, b in block) for block in own] for own in blocks]  # elements: [parameter][tp rank]
+    slices = [-(-sum(sizes[t] for sizes in local) // dp) for t in range(tp)]
+    offsets = [0] * tp
+    result = []
+    alike: dict[tuple[object, ...], tuple[Fragment, ...]] = {}  # layers that lie alike share their fragments
+    for p, own, sizes in zip(parameters, blocks, local, strict=True):
+        key = (p.shape, tuple(own))
+        if zero in (0, 3) and key in alike:
+            result.append(Placement(name=p.name, shape=p.shape, fragments=alike[key], replicated=zero == 0 and tp == 1))
+            continue
+        fragments: list[Fragment] = [()] * (dp * tp)
+        for t in range(tp):
+            numel, piece = sizes[t], -(-sizes[t] // dp)
+            bounds: Callable[[int], tuple[int, int]]
+            if zero == 0:
+                holders, bounds = range(dp), lambda d, n=numel: (0, n)
+            elif zero == 3:
+                holders, bounds = range(dp), lambda d, n=numel, c=piece: (min(d * c, n), min((d + 1) * c, n))
+            else:
+                offset, size = offsets[t], slices[t]
+                holders = range(offset // size, min((offset + numel - 1) // size + 1, dp))
+                bounds = lambda d, o=offset, s=size, n=numel: (max(d * s - o, 0), min((d + 1) * s - o, n))  # noqa: E731
+            for d in holders:
+                layout = ShardLayout(global_shape=p.shape, blocks=(own[t],), span=bounds(d))
+                fragments[d * tp + t] = layout.fragment()
+            offsets[t] += numel
+        alike[key] = tuple(fragments)
+        result.append(Placement(name=p.name, shape=p.shape, fragments=alike[key], replicated=zero == 0 and tp == 1))
+    return result
+
+
+def _blocks(p: ModelParameter, tp: int) -> list[tuple[tuple[int, int], ...]]:
+    """Each tensor-parallel rank's box. What can't be cut that often is held by several ranks."""
+    if p.cut is None:
+        return [tuple((0, s) for s in p.shape)] * tp
+    pieces = min(tp, p.shards or tp)
+    if tp % pieces:
+        raise ValueError(f"{p.name}: {pieces} pieces can't be spread over {tp} tensor-parallel ranks; choose --tp a multiple of {pieces}")
+    size = -(-p.shape[p.cut] // pieces)
+    boxes = []
+    for t in range(tp):
+        box = [(0, s) for s in p.shape]
+        k = t * pieces // tp
+        box[p.cut] = (min(k * size, p.shape[p.cut]), min((k + 1) * size, p.shape[p.cut]))
+        boxes.append(tuple(box))
+    return boxes
+
+
+def plan_model(parameters: list[ModelParameter], *, dp: int, tp: int, zero: int, ns_steps: int, bucket_mb: float) -> tuple[Plan, list[int], list[int]]:
+    """The plan of a job, with every rank's bytes of optimizer state for MuonDist and for AdamW alone."""
+    if min(dp, tp) < 1 or zero not in (0, 1, 2, 3):
+        raise ValueError(f"--dp and --tp must be at least 1 and --zero one of 0, 1, 2, 3; got {dp}, {tp}, {zero}")
+    places = placements(parameters, dp, tp, zero)
+    muon = [(p, place) for p, place in zip(parameters, places, strict=True) if p.route.view is not None]
+    tasks = []
+    for position, (p, _) in enumerate(muon):
+        assert p.route.view is not None
+        matrices = matrices_of(p.shape, p.route.view, p.name)
+        for k, m in enumerate(matrices):
+            small = min(m.shape)
+            tasks.append(
+                MatrixTask(
+                    name=p.name if len(matrices) == 1 else f"{p.name}[{k}]",
+                    parameter=position,
+                    box=m.box,
+                    shape=m.shape,
+                    flops=flops(*m.shape, ns_steps),
+                    workspace=WIRE_BYTES * (2 * m.numel + 2 * small * small) + 4 * m.numel,
+                    wire="bf16",
+                    wire_itemsize=WIRE_BYTES,
+                )
+            )
+    plan = make_plan([place for _, place in muon], tasks, n_ranks=dp * tp, bucket_bytes=int(bucket_mb * 2**20))
+    first_owner = {task.parameter: owner for task, owner in zip(plan.matrices, plan.owners, strict=True)}
+    positions = {p.name: k for k, (p, _) in enumerate(muon)}
+    ours, adamw = np.zeros(plan.n_ranks, np.int64), np.zeros(plan.n_ranks, np.int64)
+    numels: dict[int, np.ndarray] = {}
+    for p, place in zip(parameters, places, strict=True):
+        held = numels.setdefault(id(place.fragments), np.empty(0, np.int64))
+        if not held.size:
+            held = numels[id(place.fragments)] = np.array([fragment_numel(f) for f in place.fragments], np.int64)
+        adamw += 2 * STATE_BYTES * held
+        if p.route.view is None:
+            ours += 2 * STATE_BYTES * held
+        elif place.replicated:
+            owner = first_owner[positions[p.name]]
+            ours[owner] += STATE_BYTES * held[owner]
+        else:
+            ours += STATE_BYTES * held
+    return plan, ours.tolist(), adamw.tolist()
+
+
+def run(config: str, *, dp: int, tp: int, zero: int, ns_steps: int, bucket_mb: float, tokens: int, json_path: str | None) -> int:
+    parameters = model_parameters(config)
+    plan, state, adamw = plan_model(parameters, dp=dp, tp=tp, zero=zero, ns_steps=ns_steps, bucket_mb=bucket_mb)
+    loads = plan.loads()
+    total = sum(load.flops for load in loads)
+    numel = sum(math.prod(p.shape) for p in parameters)
+    model_flops = 6 * numel * tokens
+    content: dict[str, Any] = {
+        "model": config,
+        "dp": dp,
+        "tp": tp,
+        "zero": zero,
+        "ns_steps": ns_steps,
+        "tokens_per_step": tokens,
+        "parameters": numel,
+        "ns_flops": total,
+        "model_flops": model_flops,
+        "buckets": len(plan.buckets),
+        "imbalance": plan.imbalance(),
+        "imbalance_lower_bound": plan.imbalance_lower_bound(),
+        "matrices": [
+            {"name": t.name, "shape": list(t.shape), "owner": o, "flops": t.flops} for t, o in zip(plan.matrices, plan.owners, strict=True)
+        ],
+        "ranks": [
+            {
+                "flops": load.flops,
+                "bytes_sent": load.bytes_sent,
+                "bytes_received": load.bytes_received,
+                "state_bytes": s,
+                "peak_bytes": load.peak_bytes,
+            }
+            for load, s in zip(loads, state, strict=True)
+        ],
+    }
+
+    def spread(values: list[int], unit: str) -> tuple[str, str, str]:
+        return si(min(values), unit), si(sum(values) / len(values), unit), si(max(values), unit)
+
+    owners = len(set(plan.owners))
+    print(f"{config}: {si(numel)} parameters on {plan.n_ranks} ranks (dp {dp} × tp {tp}, ZeRO {zero}), {ns_steps} Newton–Schulz steps")
+    print(f"{len(plan.matrices)} matrices, {owners} owners, {len(plan.buckets)} buckets of up to {bucket_mb:g} MiB per owner\n")
+    rows = [
+        ("FLOPs as owner", *spread([load.flops for load in loads], "FLOP")),
+        ("bytes sent", *spread([load.bytes_sent for load in loads], "B")),
+        ("bytes received", *spread([load.bytes_received for load in loads], "B")),
+        ("optimizer state", *spread(state, "B")),
+        ("AdamW's state would be", *spread(adamw, "B")),
+        ("peak of temporary memory", *spread([load.peak_bytes for load in loads], "B")),
+    ]
+    print(table(("per rank and step", "least", "mean", "most"), rows, right=(1, 2, 3)))
+    print(f"\nimbalance {plan.imbalance():.3f} (busiest owner over mean); the largest matrix allows no less than {plan.imbalance_lower_bound():.3f}")
+    share = total / model_flops
+    busiest = max(load.flops for load in loads) * plan.n_ranks / model_flops
+    print(f"Newton–Schulz: {si(total, 'FLOP')} a step, {share:.2%} of the model's at {si(tokens)} tokens; {busiest:.2%} as seen by the busiest owner")
+    print("Wire in bf16, state in fp32 without masters. Everything here is computed from shapes; nothing was measured.")
+    write_json(json_path, content)
+    return 0
