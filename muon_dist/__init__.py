@@ -4,6 +4,6 @@ from .optimizer import MuonDist
 from .polar.newton_schulz import orthogonalize
 from .routing import build_param_groups
 from .sharding.layout import ShardLayout
-
-__all__ = ["MuonDist", "ShardLayout", "build_param_groups", "orthogonalize"]
 from .version import __version__
+
+__all__ = ["MuonDist", "ShardLayout", "__version__", "build_param_groups", "orthogonalize"]

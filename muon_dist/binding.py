@@ -7,8 +7,7 @@ each domain's plan, and compares it among the ranks, with a timeout: a differenc
 from __future__ import annotations
 
 import hashlib
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -90,9 +89,13 @@ class Domain:
             return True
         return self.owner_of(bound) == self.me
 
+    def reading(self, tensors: Mapping[BoundParameter, Tensor]) -> Callable[[int], Tensor]:
+        """Look tensors up by a parameter's position, as the exchange knows it."""
+        return lambda position: tensors[self.parameters[position]]
+
     def owner_of(self, bound: BoundParameter) -> int:
         """The rank that owns a parameter's first matrix (all of them, if it is replicated); rank 0 for an empty one."""
-        return next((o for t, o in zip(self.plan.matrices, self.plan.owners) if t.parameter == bound.position), 0)
+        return next((o for t, o in zip(self.plan.matrices, self.plan.owners, strict=True) if t.parameter == bound.position), 0)
 
 
 def bind_domains(
@@ -168,14 +171,14 @@ def _bind_parameter(
     return bound
 
 
-def _make_domain(
-    ranks: tuple[int, ...], members: list[BoundParameter], group: dist.ProcessGroup | None, bucket_bytes: int
-) -> Domain:
+def _make_domain(ranks: tuple[int, ...], members: list[BoundParameter], group: dist.ProcessGroup | None, bucket_bytes: int) -> Domain:
     if all(b.name for b in members):
         members = sorted(members, key=lambda b: b.name)  # so that ranks whose groups are ordered differently agree
     devices = {b.device for b in members}
     if len(devices) > 1:
-        raise ValueError(f"parameters shared by ranks {list(ranks)} lie on several devices here, {sorted(map(str, devices))}: put them on one")
+        raise ValueError(
+            f"parameters shared by ranks {list(ranks)} lie on several devices here, {sorted(map(str, devices))}: put them on one"
+        )
     tasks: list[MatrixTask] = []
     matrices: list[Matrix] = []
     for position, b in enumerate(members):
@@ -207,7 +210,9 @@ def _make_domain(
 
     for b in members:
         if b.matrices and not stored_as_box(b.position) and not b.local.is_contiguous():
-            raise ValueError(f"{b.name} is stored as a flat fragment that is not contiguous; make it contiguous before it reaches the optimizer")
+            raise ValueError(
+                f"{b.name} is stored as a flat fragment that is not contiguous; make it contiguous before it reaches the optimizer"
+            )
     routes = [route_bucket(plan, bucket, me, stored_as_box) for bucket in range(len(plan.buckets))]
     device = next(iter(devices))
     domain = Domain(
@@ -281,12 +286,14 @@ def _exchange_layouts(
         if group is not None:
             everyone = [None] * len(ranks)
             dist.all_gather_object(everyone, mine, group=group)
-        for rank, theirs in zip(ranks, everyone):
+        for rank, theirs in zip(ranks, everyone, strict=True):
             for name, (_, _, problem) in theirs.items():
                 if problem:
                     raise ValueError(f"{name}, rank {rank}: {problem}. The layout and the tensor must be of the same piece")
             if theirs.keys() != mine.keys():
-                raise ValueError(f"rank {rank} has layouts for {sorted(theirs)}, this rank for {sorted(mine)}: give every rank of a group all of them")
+                raise ValueError(
+                    f"rank {rank} has layouts for {sorted(theirs)}, this rank for {sorted(mine)}: give every rank of a group all of them"
+                )
             for name in mine:
                 if theirs[name][0] != mine[name][0]:
                     raise ValueError(f"{name} has global_shape {theirs[name][0]} on rank {rank} but {mine[name][0]} here")
@@ -324,8 +331,8 @@ def _compare_plans(domain: Domain) -> None:
 
 
 def _first_difference(domain: Domain, everyone: Sequence[Sequence[str]]) -> str:
-    for rank, lines in zip(domain.ranks, everyone):
-        for ours, theirs in zip(everyone[0], lines):
+    for rank, lines in zip(domain.ranks, everyone, strict=True):
+        for ours, theirs in zip(everyone[0], lines, strict=False):
             if ours != theirs:
                 return f"rank {domain.ranks[0]} has {ours!r} where rank {rank} has {theirs!r}"
         if len(lines) != len(everyone[0]):
@@ -359,5 +366,3 @@ def checksum(tensor: Tensor) -> Tensor:
         weights = torch.arange(start, start + part.numel(), device=tensor.device).mul_(2 * 2_654_435_761).add_(1)  # odd
         total += (part * weights).sum()
     return total
-
-

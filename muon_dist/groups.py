@@ -99,7 +99,9 @@ def _refuse_unknown(keys: set[str], algorithms: set[str]) -> None:
     known = set().union(*(GROUP_KEYS[a] for a in algorithms)) - {"params", "param_names", "algorithm", "reasons"}
     unknown = keys - known - SCHEDULER_KEYS
     if unknown:
-        raise ValueError(f"a parameter group for {' and '.join(sorted(algorithms))} does not take {sorted(unknown)}; it takes {sorted(known)}")
+        raise ValueError(
+            f"a parameter group for {' and '.join(sorted(algorithms))} does not take {sorted(unknown)}; it takes {sorted(known)}"
+        )
 
 
 def _plain(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,7 +187,7 @@ def translate_state_groups(state_dict: Mapping[str, Any], current: Sequence[Mapp
             f"the state dict has {len(saved_groups)} parameter groups, this optimizer {len(current)}: build it with the same groups"
         )
     groups = []
-    for k, (saved, own) in enumerate(zip(saved_groups, current)):
+    for k, (saved, own) in enumerate(zip(saved_groups, current, strict=True)):
         saved = dict(saved)
         if saved.get("algorithm", own["algorithm"]) != own["algorithm"]:
             raise ValueError(f"group {k} was saved for {saved['algorithm']!r}, but this optimizer gives it to {own['algorithm']!r}")

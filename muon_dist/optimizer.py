@@ -18,10 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.optim.adamw import adamw
 
 from .binding import BoundParameter, Domain, all_gather_rows, bind_domains, local_tensor
+from .elementwise import adamw_step, decay, local_gradient, momentum_forms
 from .groups import GROUP_KEYS, check_group, group_routes, read_groups, translate_state_groups
 from .polar.newton_schulz import orthogonalize_batch
 from .polar.polynomials import Polynomial
@@ -30,7 +29,6 @@ from .routing import Route
 from .sharding.exchange import Leg, Traffic
 from .sharding.layout import ShardLayout
 from .sharding.state import complete_replicas, elsewhere, fit_state, is_elsewhere, is_unset, unset
-
 
 # A change of these in a group changes the plan or what owners compute, so the next step binds again.
 REBIND_KEYS = ("ns_steps", "polynomial", "eps", "compute_dtype", "wire_dtype", "kind", "split", "transpose")
@@ -245,7 +243,7 @@ class MuonDist(torch.optim.Optimizer):
             ranks=domain.ranks,
             has=all_gather_rows(has, domain),
         )
-        for bound, value in zip(replicated, complete):
+        for bound, value in zip(replicated, complete, strict=True):
             self.state[bound.parameter]["momentum_buffer"] = value
 
     def _drop_copies(self) -> None:
@@ -271,7 +269,7 @@ class MuonDist(torch.optim.Optimizer):
         self.bind()
         if self._has_copies:
             self._drop_copies()
-        grads = {b: _local_gradient(b) for domain in self._domains for b in domain.parameters}
+        grads = {b: local_gradient(b) for domain in self._domains for b in domain.parameters}
         go = self._agree_on_gradients(grads)  # BoundParameter -> 0-d bool on its device: whether its step happens
 
         jobs = [(domain, bucket) for domain in self._domains for bucket in range(len(domain.plan.buckets))]
@@ -280,7 +278,7 @@ class MuonDist(torch.optim.Optimizer):
         def start(job: int) -> Traffic:
             domain, bucket = jobs[job]
             self._momentum(domain, bucket, grads, go, forms)
-            return domain.exchange.start_gather(bucket, lambda i: forms[domain.parameters[i]])
+            return domain.exchange.start_gather(bucket, domain.reading(forms))
 
         travelling = start(0) if jobs else None
         self._adamw(grads, go)
@@ -288,7 +286,7 @@ class MuonDist(torch.optim.Optimizer):
         for job, (domain, bucket) in enumerate(jobs):
             arriving, travelling = travelling, start(job + 1) if job + 1 < len(jobs) else None
             assert arriving is not None
-            batches = domain.exchange.finish_gather(bucket, arriving, lambda i: forms[domain.parameters[i]])
+            batches = domain.exchange.finish_gather(bucket, arriving, domain.reading(forms))
             for i in domain.last_bucket[bucket]:
                 del forms[domain.parameters[i]]
             updates = self._orthogonalize(domain, bucket, batches, go)
@@ -328,7 +326,7 @@ class MuonDist(torch.optim.Optimizer):
         self._skipped = bad.to(torch.int64) if self._skipped is None else self._skipped + bad
         go: dict[BoundParameter, Tensor] = {}
         finite = {device: bad.to(device) == 0 for device in {b.local.device for b in grads}}
-        for domain, flag in zip(self._domains, flags):
+        for domain, flag in zip(self._domains, flags, strict=True):
             for k, b in enumerate(domain.parameters):
                 here_too = finite[b.local.device]
                 go[b] = here_too if grads[b] is not None else here_too & (flag[1 + k].to(here_too.device) > 0)
@@ -342,10 +340,7 @@ class MuonDist(torch.optim.Optimizer):
         go: dict[BoundParameter, Tensor],
         forms: dict[BoundParameter, Tensor],
     ) -> None:
-        """Decay and momentum of the parameters whose first matrix is in this bucket; puts what travels into `forms`.
-
-        Where a step doesn't happen, the buffer stands in for the gradient: buf.lerp_(buf, …) is buf, and no NaN gets further.
-        """
+        """Decay and momentum of the parameters whose first matrix is in this bucket; puts what travels into `forms`."""
         by_group: dict[int, list[BoundParameter]] = {}
         for i in domain.first_bucket[bucket]:
             bound = domain.parameters[i]
@@ -353,27 +348,20 @@ class MuonDist(torch.optim.Optimizer):
             by_group.setdefault(id(bound.group), []).append(bound)
         for members in by_group.values():
             group = members[0].group
-            _decay(members, 1 - float(group["lr"]) * group["weight_decay"], go)
-            members = [b for b in members if domain.owns(b)]
-            if not members:
-                continue
-            buffers = [local_tensor(self.state[b.parameter]["momentum_buffer"]) for b in members]
-            fresh = [torch.where(go[b], _or_zero(grads[b], buffer), buffer) for b, buffer in zip(members, buffers)]
-            torch._foreach_lerp_(buffers, fresh, 1 - group["momentum"])
-            if group["nesterov"]:
-                torch._foreach_lerp_(fresh, buffers, group["momentum"])
-            forms.update(zip(members, fresh if group["nesterov"] else buffers))
+            decay(members, 1 - float(group["lr"]) * group["weight_decay"], go)
+            owned = [b for b in members if domain.owns(b)]
+            if owned:
+                buffers = [local_tensor(self.state[b.parameter]["momentum_buffer"]) for b in owned]
+                forms.update(zip(owned, momentum_forms(owned, buffers, grads, go), strict=True))
 
     def _orthogonalize(self, domain: Domain, bucket: int, batches: list[Tensor], go: dict[BoundParameter, Tensor]) -> list[Tensor]:
         """The updates of this rank's matrices, batch by batch; zeros where a parameter's step doesn't happen."""
         updates = []
-        for indices, batch in zip(domain.exchange.routes[bucket].batches, batches):
+        for indices, batch in zip(domain.exchange.routes[bucket].batches, batches, strict=True):
             bounds = [domain.parameters[domain.plan.matrices[i].parameter] for i in indices]
             first = bounds[0]
             keep = torch.stack([go[b] for b in bounds]).to(domain.device)
-            updates.append(
-                orthogonalize_batch(batch, first.schedule, compute_dtype=first.compute_dtype, eps=first.group["eps"], keep=keep)
-            )
+            updates.append(orthogonalize_batch(batch, first.schedule, compute_dtype=first.compute_dtype, eps=first.group["eps"], keep=keep))
         return updates
 
     def _apply(self, domain: Domain, updates: list[tuple[Leg, Tensor]]) -> None:
@@ -390,7 +378,6 @@ class MuonDist(torch.optim.Optimizer):
             torch._foreach_add_(targets, sources, alpha=factor)
 
     def _adamw(self, grads: dict[BoundParameter, Tensor | None], go: dict[BoundParameter, Tensor]) -> None:
-        """torch's fused AdamW on the fragments; it leaves state alone where `found_inf` says that the step doesn't happen."""
         for domain in self._domains:
             together: dict[int, list[BoundParameter]] = {}
             for b in domain.parameters:
@@ -398,26 +385,7 @@ class MuonDist(torch.optim.Optimizer):
                     # one that has no gradient here may have one elsewhere: only its own flag tells
                     together.setdefault(id(b.group) if grads[b] is not None else -1 - b.position, []).append(b)
             for members in together.values():
-                group, stop = members[0].group, ~go[members[0]]
-                states = [self.state[b.parameter] for b in members]
-                locals_ = [b.local for b in members]
-                adamw(
-                    locals_,
-                    [_or_zero(grads[b], p).to(p.dtype) for b, p in zip(members, locals_)],
-                    [local_tensor(s["exp_avg"]) for s in states],
-                    [local_tensor(s["exp_avg_sq"]) for s in states],
-                    [],
-                    [s["step"] for s in states],
-                    fused=True,
-                    found_inf=stop.to(torch.float32),
-                    amsgrad=False,
-                    beta1=group["betas"][0],
-                    beta2=group["betas"][1],
-                    lr=float(group["lr"]),
-                    weight_decay=group["weight_decay"],
-                    eps=group["eps"],
-                    maximize=False,
-                )
+                adamw_step(members, [self.state[b.parameter] for b in members], grads, go[members[0]])
 
     # ----------------------------------------------------------------------------------------------------- state dicts
 
@@ -479,44 +447,3 @@ class MuonDist(torch.optim.Optimizer):
             self._bucket_bytes, self._nonfinite = own["bucket_bytes"], own["nonfinite"]
             self._start_unbound(None, {})
             self._reading = True
-
-
-def _local_gradient(bound: BoundParameter) -> Tensor | None:
-    """This rank's part of a gradient, checked against its parameter."""
-    grad = bound.parameter.grad
-    if grad is None:
-        return None
-    if grad.is_sparse:
-        raise ValueError(f"{bound.name or 'a parameter'} has a sparse gradient, which MuonDist does not take; use sparse=False in its embedding")
-    if isinstance(bound.parameter, DTensor):
-        wanted = bound.parameter.placements
-        placed = grad.placements if isinstance(grad, DTensor) else None
-        if placed is None or any(have != want and not have.is_replicate() for have, want in zip(placed, wanted, strict=True)):
-            raise ValueError(
-                f"{bound.name or 'a parameter'} is placed {wanted} but its gradient is {placed or 'a plain tensor'}: taking its part would "
-                "need communication. Redistribute the gradient to the parameter's placements before the step"
-            )
-        if placed != wanted:
-            grad = grad.redistribute(placements=wanted)  # from replicas: every rank takes its own part
-        grad = grad.to_local()
-        if hasattr(grad, "wait"):
-            grad = grad.wait()
-    return grad
-
-
-def _or_zero(grad: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if grad is None else grad.to(like.dtype)
-
-
-def _decay(members: list[BoundParameter], factor: float, go: dict[BoundParameter, Tensor]) -> None:
-    """Multiply parameters by `factor` where their step happens. As a tensor of half precision, 1 − lr·wd would round to 1."""
-    alike: dict[tuple[int, torch.dtype], list[BoundParameter]] = {}
-    for b in members:
-        alike.setdefault((id(go[b]), b.parameter.dtype), []).append(b)
-    for (_, dtype), same in alike.items():
-        flag, tensors = go[same[0]], [b.local for b in same]
-        if dtype in (torch.float32, torch.float64):
-            one = torch.ones((), dtype=dtype, device=flag.device)
-            torch._foreach_mul_(tensors, torch.where(flag, one * factor, one))
-        else:
-            torch._foreach_copy_(tensors, [torch.where(flag, t * factor, t) for t in tensors])

@@ -18,11 +18,19 @@ ALGORITHMS = ("muon", "adamw")
 
 # Names of modules and parameters that map from symbols or positions, or to symbols. Compared with the last two parts of a
 # dotted name; a head counts only outside numbered layers, since attention has an "output" too.
-EMBEDDING_WORDS = frozenset(
-    "embed embedding embeddings embed_tokens embed_positions tok_embeddings token_embedding token_embeddings position_embedding "
-    "position_embeddings word_embeddings pos_embed pos_embedding pos_emb tok_emb emb wte wpe patch_pos_embed relative_attention_bias".split()
+EMBEDDING_NAMES = frozenset(
+    {
+        *("embed", "embedding", "embeddings", "emb", "word_embeddings", "embed_tokens", "token_embedding", "token_embeddings"),
+        *("tok_embeddings", "tok_emb", "wte", "wpe", "embed_positions", "position_embedding", "position_embeddings", "pos_embed"),
+        *("pos_embedding", "pos_emb", "relative_attention_bias"),
+    }
 )
-HEAD_WORDS = frozenset("lm_head head output_layer output unembed unembedding classifier score embed_out prediction_head".split())
+HEAD_NAMES = frozenset(
+    {
+        *("lm_head", "head", "output_layer", "output", "unembed", "unembedding", "embed_out", "classifier", "score"),
+        "prediction_head",
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +93,7 @@ def route_parameter(
             'model.named_parameters(), build_param_groups(model), or groups with {"algorithm": "muon"} or {"algorithm": "adamw"}'
         )
     parts = name.lower().split(".")
-    embedding, head = EMBEDDING_WORDS.intersection(parts[-2:]), HEAD_WORDS.intersection(parts[-2:])
+    embedding, head = EMBEDDING_NAMES.intersection(parts[-2:]), HEAD_NAMES.intersection(parts[-2:])
     if embedding:
         return adamw(f"embedding, by its name ({min(embedding)})")
     if head and not any(part.isdigit() for part in parts):
@@ -131,9 +139,9 @@ def build_param_groups(
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     names = [name for name, _ in named]
     owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
-    for module in model.modules():  # a tied weight is an embedding, whichever module comes last
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            owners[id(module.weight)] = module
+    for embedding in model.modules():  # a tied weight is an embedding, whichever module comes last
+        if isinstance(embedding, (nn.Embedding, nn.EmbeddingBag)):
+            owners[id(embedding.weight)] = embedding
     algorithms = _match({**{("muon", p): p for p in muon}, **{("adamw", p): p for p in adamw}}, names, "muon/adamw")
     splits = _match({("split", p): p for p in split or {}}, names, "split")
     transposes = _match({("transpose", p): p for p in transpose}, names, "transpose")
@@ -141,7 +149,7 @@ def build_param_groups(
 
     groups: dict[tuple[str, MatrixView | None], dict[str, Any]] = {}
     for name, p in named:
-        module = owners.get(id(p))
+        module: nn.Module | None = owners.get(id(p))
         asked = algorithms.get(name)
         if asked is not None:
             route = route_parameter(name, p, algorithm=asked[0], module=module)
@@ -161,10 +169,10 @@ def build_param_groups(
             route = Route(name=name, algorithm=route.algorithm, reason=route.reason, view=view)
         if route.view is not None:
             matrices_of(p.shape, route.view, name)  # sizes that don't add up are said here
-        view = route.view
-        structure = {} if view is None else {"kind": view.kind, "split": view.split, "transpose": view.transpose}
+        read_as = route.view
+        structure = {} if read_as is None else {"kind": read_as.kind, "split": read_as.split, "transpose": read_as.transpose}
         empty = {"params": [], "algorithm": route.algorithm, "reasons": [], **structure, **options}
-        group = groups.setdefault((route.algorithm, view), empty)
+        group = groups.setdefault((route.algorithm, read_as), empty)
         group["params"].append((name, p))
         group["reasons"].append(route.reason)
     return list(groups.values())

@@ -1,7 +1,32 @@
+"""Settings for all tests, and the rule for skips: a skip whose reason is not listed here fails the run."""
+
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# Reasons for which a test may be skipped, as they begin.
+ALLOWED_SKIPS: tuple[str, ...] = ()
+
+_unlisted: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if not reason.startswith(ALLOWED_SKIPS or ("\0",)):
+            _unlisted.append(f"{report.nodeid}: {reason}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for line in _unlisted:
+        terminalreporter.write_line(f"skipped for a reason that tests/conftest.py does not list: {line}", red=True)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _unlisted and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -59,9 +59,7 @@ def place(model: nn.Module, placement: str) -> nn.Module:
     if placement in ("tp", "fsdp2_tp"):
         mesh = init_device_mesh("cpu", (1, world) if placement == "tp" else (2, world // 2), mesh_dim_names=("dp", "tp"))
         styles = {f"layers.{k}": (ColwiseParallel, RowwiseParallel)[k % 2] for k in range(len(model.layers))}
-        plan = {
-            name: style(input_layouts=Replicate(), output_layouts=Replicate()) for name, style in styles.items()
-        }
+        plan = {name: style(input_layouts=Replicate(), output_layouts=Replicate()) for name, style in styles.items()}
         parallelize_module(model, mesh["tp"], plan)
         return model if placement == "tp" else fully_shard(model, mesh=mesh["dp"])
     if placement == "mixed":  # every other layer sharded, the rest plain replicas

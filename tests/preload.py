@@ -3,7 +3,7 @@
 import torch
 import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp
-import torch.distributed.tensor.parallel  # noqa: F401
+import torch.distributed.tensor.parallel
 
 import muon_dist  # noqa: F401
 

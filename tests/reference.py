@@ -48,7 +48,7 @@ class ReferenceMuon:
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
-        schedule: list[tuple[float, float, float]] = [JORDAN] * 5,  # noqa: B006
+        schedule: list[tuple[float, float, float]] = [JORDAN] * 5,
         adjust_lr_fn: str = "match_rms_adamw",
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,

@@ -194,7 +194,9 @@ def flattened_and_full() -> bool:
     set_optimizer_state_dict(again, other, full, options=StateDictOptions(full_state_dict=True))
     for m, o in ((model, optimizer), (again, other)):
         train(m, o, "fsdp2", range(2, 4))
-    return all(torch.equal(a, b) for a, b in zip(models.whole_parameters(model).values(), models.whole_parameters(again).values(), strict=True))
+    return all(
+        torch.equal(a, b) for a, b in zip(models.whole_parameters(model).values(), models.whole_parameters(again).values(), strict=True)
+    )
 
 
 def test_full_and_flattened_state_dicts_of_torch_work() -> None:
@@ -209,7 +211,9 @@ def added_group_moves_owners() -> float:
     torch.manual_seed(1)
     tensors = {f"w{k}": torch.nn.Parameter(torch.randn(shape, dtype=torch.float64)) for k, shape in enumerate(shapes)}
     optimizer = MuonDist([{"params": [(n, tensors[n]) for n in ("w0", "w1")], "algorithm": "muon"}], lr=1.0, weight_decay=0.0)
-    reference = ReferenceMuon({n: p.detach() for n, p in tensors.items()}, {n: [p.shape[0]] for n, p in tensors.items()}, lr=1.0, weight_decay=0.0)
+    reference = ReferenceMuon(
+        {n: p.detach() for n, p in tensors.items()}, {n: [p.shape[0]] for n, p in tensors.items()}, lr=1.0, weight_decay=0.0
+    )
     owners = []
     for k in range(4):
         if k == 2:

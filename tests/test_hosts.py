@@ -52,7 +52,9 @@ def test_grad_scaler_unscales_before_momentum_and_skips_on_all_ranks(placement: 
 
 
 def fsdp1(use_orig_params: bool, through: str) -> str:
-    model = FullyShardedDataParallel(models.make_bank([(8, 8), (4, 8)], torch.float32), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    model = FullyShardedDataParallel(
+        models.make_bank([(8, 8), (4, 8)], torch.float32), use_orig_params=use_orig_params, device_id=torch.device("cpu")
+    )
     try:
         if through == "build_param_groups":
             build_param_groups(model)
@@ -93,7 +95,9 @@ def refused_placements(kind: str) -> str:
     if kind == "partial":
         p = DTensor.from_local(torch.ones(4, 4), mesh, [Partial()], run_check=False)
     elif kind == "strided":
-        p = DTensor.from_local(torch.ones(2, 4), mesh, [_StridedShard(0, split_factor=3)], run_check=False, shape=torch.Size((4, 4)), stride=(4, 1))
+        p = DTensor.from_local(
+            torch.ones(2, 4), mesh, [_StridedShard(0, split_factor=3)], run_check=False, shape=torch.Size((4, 4)), stride=(4, 1)
+        )
     elif kind == "gradient":
         p = DTensor.from_local(torch.ones(2, 4), mesh, [Shard(0)], run_check=False)
     p = nn.Parameter(p)
@@ -107,7 +111,9 @@ def refused_placements(kind: str) -> str:
     return "no error"
 
 
-@pytest.mark.parametrize(("kind", "words"), [("partial", "partial placement"), ("strided", "can't be resolved"), ("gradient", "Redistribute the gradient")])
+@pytest.mark.parametrize(
+    ("kind", "words"), [("partial", "partial placement"), ("strided", "can't be resolved"), ("gradient", "Redistribute the gradient")]
+)
 def test_placements_that_cannot_be_supported_raise_and_name_the_parameter(kind: str, words: str) -> None:
     for error in run_ranks(2, refused_placements, kind):
         assert words in error and "block.weight" in error

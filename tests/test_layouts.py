@@ -1,5 +1,6 @@
 """Fragments described by ShardLayout: flat partitions, fused tensor-parallel blocks, replicas; and what is refused."""
 
+import itertools
 import math
 
 import hypothesis.strategies as st
@@ -163,7 +164,7 @@ def test_every_element_lies_in_exactly_one_fragment_in_storage_order(shape: tupl
     bounds = [0, *sorted(c % (numel + 1) for c in cuts), numel]
     values = torch.arange(numel).view(shape)
     fragments = []
-    for span in zip(bounds[:-1], bounds[1:], strict=True):
+    for span in itertools.pairwise(bounds):
         fragment = ShardLayout(global_shape=shape, span=span).fragment()
         stored = [values[tuple(slice(a, b) for a, b in box)].flatten() for box in fragment]
         assert torch.equal(torch.cat([*stored, torch.empty(0, dtype=torch.int64)]), values.flatten()[slice(*span)])

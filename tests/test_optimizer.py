@@ -176,7 +176,9 @@ def test_closures_schedulers_hooks_pickles_and_copies() -> None:
     scheduler.step()
     assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.005]
     for twin in (pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
-        for p, q in zip((p for g in optimizer.param_groups for p in g["params"]), (p for g in twin.param_groups for p in g["params"]), strict=True):
+        for p, q in zip(
+            (p for g in optimizer.param_groups for p in g["params"]), (p for g in twin.param_groups for p in g["params"]), strict=True
+        ):
             assert torch.equal(p, q)
             q.grad = torch.ones_like(q)
         twin.step()

@@ -90,7 +90,13 @@ POLAR_EXPRESS = [
     (3.3184196573706015, -2.488488024314874, 0.51004894012372),
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 ]
-CANS = [(8.4703, -25.1081, 18.6293), (4.1828, -3.1087, 0.5806), (3.9619, -2.9541, 0.5630), (3.2866, -2.4647, 0.5074), (2.2737, -1.6447, 0.4162)]
+CANS = [
+    (8.4703, -25.1081, 18.6293),
+    (4.1828, -3.1087, 0.5806),
+    (3.9619, -2.9541, 0.5630),
+    (3.2866, -2.4647, 0.5074),
+    (2.2737, -1.6447, 0.4162),
+]
 
 
 def test_generated_schedules_are_the_published_ones_where_those_exist() -> None:
@@ -108,7 +114,7 @@ def test_minimax_schedules_end_near_one_for_every_step_count(name: str, steps: i
     schedule = schedule_for(name, steps)
     reached = {1: 0.16, 2: 0.039, 3: 9.5e-3, 4: 2.3e-3}.get(steps, 1e-3)  # the smallest direction that these steps must lift
     values = image(schedule, torch.logspace(math.log10(reached), 0, 4000, dtype=torch.float64))
-    assert 0.69 <= values.min() and values.max() <= 1.31
+    assert values.min() >= 0.69 and values.max() <= 1.31
     if steps < 5:  # the first steps of the published five are no schedule of their own
         assert schedule != schedule_for(name, 5)[:steps]
 
@@ -148,7 +154,11 @@ def test_one_triple_repeats_and_a_list_says_its_own_length() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [({"x": torch.zeros(3)}, "matrices"), ({"x": torch.zeros(3, 3, dtype=torch.int32)}, "floating"), ({"compute_dtype": "int8"}, "not a dtype")],
+    [
+        ({"x": torch.zeros(3)}, "matrices"),
+        ({"x": torch.zeros(3, 3, dtype=torch.int32)}, "floating"),
+        ({"compute_dtype": "int8"}, "not a dtype"),
+    ],
 )
 def test_orthogonalize_refuses_what_it_cannot_do(arguments: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
@@ -208,7 +218,12 @@ def test_matrices_tile_their_parameter(shape: tuple[int, ...], conv: bool, trans
 
 @pytest.mark.parametrize(
     ("shape", "view", "words"),
-    [((5,), {}, "two dimensions"), ((6, 4), {"split": (2, 3)}, "add up to 5"), ((6, 4), {"split": 4}, "don't divide"), ((6, 4), {"kind": "conv"}, "three")],
+    [
+        ((5,), {}, "two dimensions"),
+        ((6, 4), {"split": (2, 3)}, "add up to 5"),
+        ((6, 4), {"split": 4}, "don't divide"),
+        ((6, 4), {"kind": "conv"}, "three"),
+    ],
 )
 def test_views_that_do_not_fit_raise(shape: tuple[int, ...], view: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):

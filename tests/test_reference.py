@@ -20,7 +20,9 @@ def test_it_is_torch_optim_muon_with_an_fp64_iteration(monkeypatch, adjust: str,
     monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", lambda g, c, k, eps: orthogonalize(g, [c] * k))
     w = torch.nn.Parameter(torch.randn(7, 12, dtype=torch.float64))
     reference = ReferenceMuon({"w": w.detach()}, {"w": [7]}, lr=0.3, weight_decay=0.2, momentum=0.9, nesterov=nesterov, adjust_lr_fn=adjust)
-    optimizer = torch.optim.Muon([w], lr=0.3, weight_decay=0.2, momentum=0.9, nesterov=nesterov, ns_coefficients=JORDAN, adjust_lr_fn=adjust)
+    optimizer = torch.optim.Muon(
+        [w], lr=0.3, weight_decay=0.2, momentum=0.9, nesterov=nesterov, ns_coefficients=JORDAN, adjust_lr_fn=adjust
+    )
     for _ in range(4):
         w.grad = torch.randn(7, 12, dtype=torch.float64)
         reference.step({"w": w.grad})

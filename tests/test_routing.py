@@ -12,7 +12,9 @@ class Model(nn.Module):
         super().__init__()
         self.wte = nn.Embedding(50, 8)
         self.pos = nn.Embedding(16, 8)
-        self.layers = nn.ModuleList(nn.ModuleDict({"qkv": nn.Linear(8, 16), "output": nn.Linear(8, 8), "norm": nn.LayerNorm(8)}) for _ in range(2))
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"qkv": nn.Linear(8, 16), "output": nn.Linear(8, 8), "norm": nn.LayerNorm(8)}) for _ in range(2)
+        )
         self.conv = nn.Conv2d(3, 4, 2)
         self.conv_1d = nn.Conv1d(3, 4, 2)
         self.experts = nn.Parameter(torch.zeros(3, 8, 5))
@@ -77,7 +79,11 @@ def test_patterns_route_split_and_transpose() -> None:
     assert found["wte.weight"] == ("muon", "asked for by muon='wte'")
     assert found["layers.1.qkv.weight"][0] == "adamw" and found["layers.0.qkv.weight"][0] == "muon"
     groups = build_param_groups(Model(), split={"qkv.weight": [8, 4, 4]}, transpose=["*.output.weight"])
-    by_view = {(g.get("split"), g.get("transpose")): [n for n, _ in g["params"]] for g in groups if g["algorithm"] == "muon" and g["kind"] == "matrix"}
+    by_view = {
+        (g.get("split"), g.get("transpose")): [n for n, _ in g["params"]]
+        for g in groups
+        if g["algorithm"] == "muon" and g["kind"] == "matrix"
+    }
     assert by_view == {
         ((8, 4, 4), False): ["layers.0.qkv.weight", "layers.1.qkv.weight"],
         (None, True): ["layers.0.output.weight", "layers.1.output.weight"],

@@ -175,9 +175,7 @@ def nonfinite_on_one_rank(placement: str, value: float, mode: str) -> dict:
     optimizer = MuonDist(model.named_parameters(), lr=1.0, nonfinite=mode)
     models.backward(model, 0, placement)
     optimizer.step()
-    before, states = models.whole_parameters(model), [
-        {k: models.whole(v) for k, v in s.items()} for s in optimizer.state.values()
-    ]
+    before, states = models.whole_parameters(model), [{k: models.whole(v) for k, v in s.items()} for s in optimizer.state.values()]
     models.backward(model, 1, placement)
     if dist.get_rank() == dist.get_world_size() - 1:
         grad = next(p.grad for p in model.parameters() if models.local(p.grad).numel())

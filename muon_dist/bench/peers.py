@@ -56,4 +56,7 @@ class NaiveShardedMuon:
             update = newton_schulz(form.full_tensor(), JORDAN, 5, 1e-7)
             p.mul_(1 - 1e-3 * 0.1)
             rows, cols = p.shape
-            p.add_(distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None), alpha=-1e-3 * update_scale("match_rms_adamw", rows, cols))
+            p.add_(
+                distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None),
+                alpha=-1e-3 * update_scale("match_rms_adamw", rows, cols),
+            )

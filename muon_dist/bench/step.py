@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.multiprocessing.spawn import spawn
 
 from ..cli.models import model_parameters
 from ..cli.table import table, write_json
@@ -45,7 +45,7 @@ def run(model: str, *, layers: int | None, ranks: list[int], pairs: int, threads
     for n in ranks:
         per_rank = threads or max(1, cores // n)
         with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(_measure, args=(n, folder, shapes, pairs, per_rank), nprocs=n)
+            spawn(_measure, args=(n, folder, shapes, pairs, per_rank), nprocs=n)
             record: dict[str, Any] = torch.load(os.path.join(folder, "times"))
         ratios = [a / b for a, b in record["seconds"]]
         ours, theirs = (statistics.median(times) for times in zip(*record["seconds"], strict=True))

@@ -10,11 +10,11 @@ import tempfile
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.spawn import spawn
 
 from ..optimizer import MuonDist
 from ..polar.polynomials import JORDAN
@@ -43,7 +43,7 @@ def run() -> int:
     print(f"two ranks, FSDP2 on {device}, {dtype}, one step against the whole matrices in one process …", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            mp.spawn(_rank, args=(folder, device, dtype), nprocs=2)
+            spawn(_rank, args=(folder, device, dtype), nprocs=2)
             with open(os.path.join(folder, "error")) as file:
                 error = float(file.read())
         except Exception as failure:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -38,19 +37,16 @@ def placements(parameters: list[ModelParameter], dp: int, tp: int, zero: int) ->
             continue
         fragments: list[Fragment] = [()] * (dp * tp)
         for t in range(tp):
-            numel, piece = sizes[t], -(-sizes[t] // dp)
-            bounds: Callable[[int], tuple[int, int]]
+            numel = sizes[t]
             if zero == 0:
-                holders, bounds = range(dp), lambda d, n=numel: (0, n)
-            elif zero == 3:
-                holders, bounds = range(dp), lambda d, n=numel, c=piece: (min(d * c, n), min((d + 1) * c, n))
+                spans = dict.fromkeys(range(dp), (0, numel))
             else:
-                offset, size = offsets[t], slices[t]
-                holders = range(offset // size, min((offset + numel - 1) // size + 1, dp))
-                bounds = lambda d, o=offset, s=size, n=numel: (max(d * s - o, 0), min((d + 1) * s - o, n))  # noqa: E731
-            for d in holders:
-                layout = ShardLayout(global_shape=p.shape, blocks=(own[t],), span=bounds(d))
-                fragments[d * tp + t] = layout.fragment()
+                # one parameter cut by itself, or the slices of the whole buffer that it lies in
+                start, size = (0, -(-numel // dp)) if zero == 3 else (offsets[t], slices[t])
+                first, last = start // size, (start + numel - 1) // size
+                spans = {d: (max(d * size - start, 0), min((d + 1) * size - start, numel)) for d in range(first, last + 1)}
+            for d, span in spans.items():
+                fragments[d * tp + t] = ShardLayout(global_shape=p.shape, blocks=(own[t],), span=span).fragment()
             offsets[t] += numel
         alike[key] = tuple(fragments)
         result.append(Placement(name=p.name, shape=p.shape, fragments=alike[key], replicated=zero == 0 and tp == 1))
@@ -74,7 +70,9 @@ def _blocks(p: ModelParameter, tp: int) -> list[tuple[tuple[int, int], ...]]:
     return boxes
 
 
-def plan_model(parameters: list[ModelParameter], *, dp: int, tp: int, zero: int, ns_steps: int, bucket_mb: float) -> tuple[Plan, list[int], list[int]]:
+def plan_model(
+    parameters: list[ModelParameter], *, dp: int, tp: int, zero: int, ns_steps: int, bucket_mb: float
+) -> tuple[Plan, list[int], list[int]]:
     """The plan of a job, with every rank's bytes of optimizer state for MuonDist and for AdamW alone."""
     if min(dp, tp) < 1 or zero not in (0, 1, 2, 3):
         raise ValueError(f"--dp and --tp must be at least 1 and --zero one of 0, 1, 2, 3; got {dp}, {tp}, {zero}")
@@ -168,10 +166,15 @@ def run(config: str, *, dp: int, tp: int, zero: int, ns_steps: int, bucket_mb: f
         ("peak of temporary memory", *spread([load.peak_bytes for load in loads], "B")),
     ]
     print(table(("per rank and step", "least", "mean", "most"), rows, right=(1, 2, 3)))
-    print(f"\nimbalance {plan.imbalance():.3f} (busiest owner over mean); the largest matrix allows no less than {plan.imbalance_lower_bound():.3f}")
+    print(
+        f"\nimbalance {plan.imbalance():.3f} (busiest over mean); the largest matrix allows {plan.imbalance_lower_bound():.3f} at best"
+    )
     share = total / model_flops
     busiest = max(load.flops for load in loads) * plan.n_ranks / model_flops
-    print(f"Newton–Schulz: {si(total, 'FLOP')} a step, {share:.2%} of the model's at {si(tokens)} tokens; {busiest:.2%} as seen by the busiest owner")
+    print(
+        f"Newton–Schulz: {si(total, 'FLOP')} a step, {share:.2%} of the model's at {si(tokens)} tokens; "
+        f"{busiest:.2%} as seen by the busiest owner"
+    )
     print("Wire in bf16, state in fp32 without masters. Everything here is computed from shapes; nothing was measured.")
     write_json(json_path, content)
     return 0

@@ -12,7 +12,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]], right: Sequence[
     """Columns as wide as they need to be; those in `right` are aligned to the right."""
     cells = [list(map(str, row)) for row in [header, *rows]]
     widths = [max(len(row[k]) for row in cells) for k in range(len(header))]
-    lines = ["  ".join(c.rjust(w) if k in right else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in cells]
+    lines = [
+        "  ".join(c.rjust(w) if k in right else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in cells
+    ]
     return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 

@@ -112,4 +112,4 @@ def _split_bounds(size: int, split: tuple[int, ...] | int | None, name: str) -> 
     if sum(split) != size:
         raise ValueError(f"{name}: split sizes {split} add up to {sum(split)}, but its output dimension is {size}")
     stops = list(itertools.accumulate(split))
-    return list(zip([0, *stops[:-1]], stops))
+    return list(zip([0, *stops[:-1]], stops, strict=True))

@@ -112,8 +112,8 @@ def orthogonalize_batch(
     y = torch.empty_like(x)
     # One matrix after the other where a batched product gains nothing: on a CPU the working set then fits its caches
     one_by_one = x.shape[0] == 1 or (x.device.type == "cpu" and min(x.shape[1:]) >= 192)
-    for part in zip(x, y, strict=True) if one_by_one else [(x, y)]:
-        _iterate(*part, schedule)
+    for source, target in zip(x, y, strict=True) if one_by_one else [(x, y)]:
+        _iterate(source, target, schedule)
     return y if len(schedule) % 2 else x
 
 

@@ -78,7 +78,7 @@ def _triple(step: object) -> Coefficients:
     return (a, b, c)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _named(name: str, steps: int) -> tuple[Coefficients, ...]:
     if name == "jordan":
         return (JORDAN,) * steps

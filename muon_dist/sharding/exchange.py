@@ -44,8 +44,8 @@ def local_view(fragment: Fragment, piece: Box, stored_as_box: bool) -> LocalView
     """Where `piece` lies in the tensor of a rank that stores `fragment`."""
     offset = 0
     for box in fragment:
-        if all(a <= c and d <= b for (a, b), (c, d) in zip(box, piece)):
-            slices = tuple(slice(c - a, d - a) for (a, _), (c, d) in zip(box, piece))
+        if all(a <= c and d <= b for (a, b), (c, d) in zip(box, piece, strict=True)):
+            slices = tuple(slice(c - a, d - a) for (a, _), (c, d) in zip(box, piece, strict=True))
             return LocalView(None if stored_as_box else (offset, box_shape(box)), slices)
         offset += box_numel(box)
     raise ValueError(f"piece {piece} does not lie in one box of the fragment {fragment}")
@@ -106,7 +106,7 @@ def route_bucket(plan: Plan, bucket: int, me: int, stored_as_box: Callable[[int]
         return [[] for _ in range(plan.n_ranks)]
 
     gather_out, gather_in, scatter_out, scatter_in = per_peer(), per_peer(), per_peer(), per_peer()
-    stay = []
+    stay: list[Leg] = []
     for i in indices:
         task, owner = plan.matrices[i], plan.owners[i]
         fragment = plan.placements[task.parameter].fragments[me]
@@ -116,7 +116,7 @@ def route_bucket(plan: Plan, bucket: int, me: int, stored_as_box: Callable[[int]
             view = local_view(fragment, piece.box, stored_as_box(task.parameter)) if me in piece.holders else None
             slot = None
             if owner == me:
-                inside = tuple(slice(c - a, d - a) for (a, _), (c, d) in zip(task.box, piece.box))
+                inside = tuple(slice(c - a, d - a) for (a, _), (c, d) in zip(task.box, piece.box, strict=True))
                 slot = Slot(*place[i], box_shape(task.box), inside)
             leg = Leg(i, task.parameter, box_numel(piece.box), box_shape(piece.box), view, slot)
             if owner == me:
@@ -228,7 +228,7 @@ def copy(targets: list[Tensor], sources: list[Tensor]) -> None:
 
 
 def _parts(legs: Sequence[Leg], buffer: Tensor) -> list[tuple[Leg, Tensor]]:
-    return list(zip(legs, buffer.split([leg.numel for leg in legs]))) if legs else []
+    return list(zip(legs, buffer.split([leg.numel for leg in legs]), strict=True)) if legs else []
 
 
 def _viewed(leg: Leg, local: Callable[[int], Tensor]) -> Tensor:

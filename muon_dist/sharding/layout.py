@@ -49,7 +49,7 @@ def whole(shape: Sequence[int]) -> Box:
 
 def intersect(a: Box, b: Box) -> Box | None:
     """The box that two boxes share, or None where they share nothing."""
-    shared = tuple((max(p[0], q[0]), min(p[1], q[1])) for p, q in zip(a, b))
+    shared = tuple((max(p[0], q[0]), min(p[1], q[1])) for p, q in zip(a, b, strict=True))
     return shared if all(start < stop for start, stop in shared) else None
 
 
@@ -87,7 +87,7 @@ class ShardLayout:
         blocks = (whole(shape),) if self.blocks is None else self.blocks
         blocks = tuple(tuple((int(start), int(stop)) for start, stop in block) for block in blocks)
         for block in blocks:
-            if len(block) != len(shape) or any(not 0 <= start <= stop <= size for (start, stop), size in zip(block, shape)):
+            if len(block) != len(shape) or any(not 0 <= start <= stop <= size for (start, stop), size in zip(block, shape, strict=True)):
                 raise ValueError(
                     f"block {block} does not lie in a parameter of shape {shape}: give one (start, stop) with "
                     "0 <= start <= stop <= size per dimension"
@@ -109,7 +109,7 @@ class ShardLayout:
             start, stop = max(self.span[0] - before, 0), min(self.span[1] - before, numel)
             if start < stop:
                 for part in _flat_range(box_shape(block), start, stop):
-                    boxes.append(tuple((o + a, o + b) for (o, _), (a, b) in zip(block, part)))
+                    boxes.append(tuple((o + a, o + b) for (o, _), (a, b) in zip(block, part, strict=True)))
             before += numel
         return tuple(boxes)
 

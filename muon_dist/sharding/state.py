@@ -41,11 +41,12 @@ def fit_state(value: Tensor, parameter: Tensor, fragment: Fragment, name: str) -
     Raises:
         ValueError: state of another shape or sharding.
     """
-    if isinstance(value, DTensor) == isinstance(parameter, DTensor) and value.shape == parameter.shape:
-        if not isinstance(value, DTensor) or value.placements == getattr(parameter, "placements", None):
-            return value
+    alike = isinstance(value, DTensor) == isinstance(parameter, DTensor) and value.shape == parameter.shape
+    if alike and getattr(value, "placements", None) == getattr(parameter, "placements", None):
+        return value
     if isinstance(parameter, DTensor) and not isinstance(value, DTensor) and value.shape == parameter.shape:
         result = torch.zeros_like(parameter)
+        assert isinstance(result, DTensor)  # as its parameter is
         for box in fragment:  # a DTensor's fragment is one box
             result.to_local().copy_(value[tuple(slice(a, b) for a, b in box)].reshape(box_shape(box)))
         return result

@@ -1,0 +1,69 @@
+# Sourced by launch/quickstart.sh and tests/run.sh: makes or completes .venv in the repository root.
+#
+#   prepare_environment EXTRA    install this package with its extra ("plot" or "test") as launch/constraints.txt pins it
+#
+# Sets VENV. Says what is wrong and exits 1 where it can't. PYTHON chooses the interpreter.
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+VENV="$ROOT/.venv"
+
+fail() {
+    printf 'error: %s\n' "$*" >&2
+    exit 1
+}
+
+is_new_enough() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
+}
+
+find_python() {
+    local candidate
+    if [ -n "${PYTHON:-}" ]; then
+        is_new_enough "$PYTHON" || fail "PYTHON=$PYTHON is not Python 3.10 or newer"
+        printf '%s\n' "$PYTHON"
+        return
+    fi
+    for candidate in python3 python3.11 python3.12 python3.13 python3.10 python; do
+        if command -v "$candidate" >/dev/null 2>&1 && is_new_enough "$candidate"; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+    done
+    fail "no Python 3.10 or newer found. Install one, or name it: PYTHON=/path/to/python3 bash $0"
+}
+
+has_nvidia_driver() {
+    [ -e /proc/driver/nvidia/version ] || command -v nvidia-smi >/dev/null 2>&1
+}
+
+pip_install() {
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$ROOT/launch/constraints.txt" "$@"
+}
+
+install_torch() {
+    "$VENV/bin/python" -c 'import torch' 2>/dev/null && return
+    local version
+    version="$(sed -n 's/^torch==//p' "$ROOT/launch/constraints.txt")"
+    # Without a driver the CUDA libraries (several GB) are of no use; a CPU build is taken where the package index has one.
+    if ! has_nvidia_driver && pip_install "torch==$version+cpu" 2>/dev/null; then
+        return
+    fi
+    pip_install "torch==$version"
+}
+
+prepare_environment() {
+    local extra="$1" python stamp
+    stamp="$(cat "$ROOT/launch/constraints.txt" "$ROOT/pyproject.toml" | cksum | cut -d' ' -f1)"
+    if [ -x "$VENV/bin/muon-dist" ] && { [ -e "$VENV/.ready-$extra-$stamp" ] || [ -e "$VENV/.ready-test-$stamp" ]; }; then
+        return
+    fi
+    if [ ! -x "$VENV/bin/python" ]; then
+        python="$(find_python)" || exit 1
+        echo "making $VENV with $("$python" --version)"
+        "$python" -m venv "$VENV" || fail "$python can't make a virtual environment. On Debian or Ubuntu: apt install python3-venv"
+    fi
+    echo "installing what launch/constraints.txt pins (minutes the first time, a network is needed)"
+    install_torch || fail "torch could not be installed. Is there a network? Without an NVIDIA driver, PIP_EXTRA_INDEX_URL can point pip to an index of CPU builds"
+    pip_install --editable "$ROOT[$extra]" || fail "the package could not be installed. Is there a network? The lines above say what pip was missing"
+    touch "$VENV/.ready-$extra-$stamp"
+}

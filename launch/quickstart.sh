@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Two processes train a small GPT with sharded Muon on the Python standard library's sources, then with AdamW for comparison.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+usage() {
+    cat <<USAGE
+usage: bash launch/quickstart.sh [--steps N] [--data FILE] [--nproc N] [--out DIR] [--setup-only]
+
+  --steps N      steps of each of the two runs (default 100)
+  --data FILE    text to train on (default: the Python standard library's sources)
+  --nproc N      processes (default 2)
+  --out DIR      where results.json and loss.png go (default runs/quickstart)
+  --setup-only   make or complete .venv, run nothing
+USAGE
+}
+
+steps=100 nproc=2 out="runs/quickstart" data="" setup_only=""
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --steps | --data | --nproc | --out)
+            [ $# -ge 2 ] || { usage >&2; fail "$1 needs a value"; }
+            printf -v "${1#--}" '%s' "$2"
+            shift 2
+            ;;
+        --setup-only) setup_only=1; shift ;;
+        -h | --help) usage; exit 0 ;;
+        *) usage >&2; fail "unknown option $1" ;;
+    esac
+done
+[[ "$steps" =~ ^[1-9][0-9]*$ ]] || fail "--steps must be a positive number, got '$steps'"
+[[ "$nproc" =~ ^[1-9][0-9]*$ ]] || fail "--nproc must be a positive number, got '$nproc'"
+[ -z "$data" ] || [ -f "$data" ] || fail "--data $data is not a file"
+
+prepare_environment plot
+[ -z "$setup_only" ] || { echo "ready: $VENV"; exit 0; }
+
+# One thread for each process where they would otherwise fight for the cores
+cores="$("$VENV/bin/python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')"
+threads=$((cores / nproc)); [ "$threads" -ge 1 ] || threads=1
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
+arguments=(--steps "$steps" --out "$out")
+[ -z "$data" ] || arguments+=(--data "$data")
+exec "$VENV/bin/python" -m torch.distributed.run --standalone --nproc_per_node "$nproc" "$ROOT/launch/train_gpt.py" "${arguments[@]}"

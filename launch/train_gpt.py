@@ -1,0 +1,289 @@
+"""Train a small byte-level GPT with MuonDist under FSDP2, and the same model with AdamW beside it.
+
+    torchrun --standalone --nproc_per_node 2 launch/train_gpt.py --steps 100 --out runs/quickstart
+
+Text: the Python standard library's own sources, or `--data FILE`. Every rank reads its own random windows. Rank 0 prints a line
+of progress (loss, tokens/s, share of the step that the optimizer takes), and at the end a table; it writes `results.json`
+and `loss.png` to `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import sysconfig
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+from muon_dist import MuonDist, build_param_groups
+
+TEXT_LIMIT = 20_000_000  # bytes of the standard library's sources that are read
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, d = x.shape
+        q, k, v = (y.view(b, t, self.heads, -1).transpose(1, 2) for y in self.qkv(x).chunk(3, dim=-1))  # (b, heads, t, d/heads)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        result: Tensor = self.proj(y.transpose(1, 2).reshape(b, t, d))
+        return result
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.down(F.gelu(self.up(x)))
+        return result
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.RMSNorm(width), Attention(width, heads)
+        self.norm2, self.mlp = nn.RMSNorm(width), MLP(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        result: Tensor = x + self.mlp(self.norm2(x))
+        return result
+
+
+class GPT(nn.Module):
+    """The model of configs/models/gpt-5m.json."""
+
+    def __init__(self, *, layers: int, width: int, heads: int, context: int, vocabulary: int = 256) -> None:
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.norm, self.lm_head = nn.RMSNorm(width), nn.Linear(width, vocabulary, bias=False)
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                out = name.endswith(("proj.weight", "down.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * layers) if out else 0.02)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
+        for block in self.blocks:
+            x = block(x)
+        return F.cross_entropy(self.lm_head(self.norm(x)).flatten(0, 1).float(), targets.flatten())
+
+
+@dataclass
+class Run:
+    """What one optimizer did: per step the mean loss over ranks, seconds, and seconds inside `optimizer.step()`."""
+
+    optimizer: str
+    lr: float
+    loss: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    optimizer_seconds: list[float] = field(default_factory=list)
+    tokens_per_step: int = 0
+    state_bytes_per_rank: int = 0
+    skipped_steps: int = 0
+
+    def summary(self) -> dict[str, float]:
+        """Means without the first step, which allocates and binds."""
+        seconds, inside = self.seconds[1:] or self.seconds, self.optimizer_seconds[1:] or self.optimizer_seconds
+        last = self.loss[-10:]
+        return {
+            "loss": sum(last) / len(last),
+            "tokens_per_second": self.tokens_per_step * len(seconds) / sum(seconds),
+            "optimizer_share": sum(inside) / sum(seconds),
+        }
+
+
+def read_text(path: str | None) -> Tensor:
+    """A file's bytes, or those of the standard library's modules, in alphabetical order."""
+    if path is not None:
+        data = Path(path).read_bytes()
+    else:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        skip = {"site-packages", "test", "tests", "idlelib", "__pycache__"}
+        files = sorted(f for f in root.rglob("*.py") if not skip.intersection(f.relative_to(root).parts))
+        data = b"".join(f.read_bytes() for f in files)[:TEXT_LIMIT]
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def windows(text: Tensor, count: int, context: int, seed: int) -> tuple[Tensor, Tensor]:
+    """`count` random windows and the bytes that follow each position: two (count, context) tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(text) - context, (count,), generator=generator).tolist()
+    rows = torch.stack([text[s : s + context + 1] for s in starts]).long()
+    return rows[:, :-1], rows[:, 1:]
+
+
+def train(name: str, lr: float, text: Tensor, device: torch.device, options: argparse.Namespace) -> Run:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(options.seed)
+    model = GPT(layers=options.layers, width=options.width, heads=options.heads, context=options.context).to(device)
+    mesh = init_device_mesh(device.type, (world,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer: torch.optim.Optimizer
+    if name == "MuonDist":
+        optimizer = MuonDist(build_param_groups(model, split={"attn.qkv.weight": [options.width] * 3}), lr=lr, weight_decay=0.1)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_and_decay(step, options.steps))
+
+    run = Run(optimizer=name, lr=lr, tokens_per_step=options.batch * options.context * world)
+    for step in range(options.steps):
+        started = time.perf_counter()
+        tokens, targets = windows(text, options.batch, options.context, options.seed + step * world + rank)
+        loss = model(tokens.to(device), targets.to(device))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        synchronize(device)
+        inside = time.perf_counter()
+        optimizer.step()
+        synchronize(device)
+        now = time.perf_counter()
+        schedule.step()
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        run.loss.append(mean.item() / world)
+        run.optimizer_seconds.append(now - inside)
+        run.seconds.append(time.perf_counter() - started)
+        if rank == 0:
+            progress(run, step, options.steps)
+    held = (v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+    run.state_bytes_per_rank = sum(t.numel() * t.element_size() for t in (v.to_local() if isinstance(v, DTensor) else v for v in held))
+    run.skipped_steps = optimizer.skipped_steps if isinstance(optimizer, MuonDist) else 0
+    return run
+
+
+def warm_up_and_decay(step: int, steps: int) -> float:
+    """Up over the first tenth, down to a tenth over the last half, linearly."""
+    return min((step + 1) / max(1, steps // 10), 1.0, 0.1 + 1.8 * (steps - step) / steps)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def progress(run: Run, step: int, steps: int) -> None:
+    """One line that is written over on a terminal; every tenth step a line of its own elsewhere."""
+    terminal = sys.stdout.isatty()
+    if not terminal and (step + 1) % 10 and step + 1 != steps:
+        return
+    seconds, inside = run.seconds[-10:], run.optimizer_seconds[-10:]
+    rate = run.tokens_per_step * len(seconds) / sum(seconds)
+    share = sum(inside) / sum(seconds)
+    line = f"{run.optimizer:8}  step {step + 1:4}/{steps}  loss {run.loss[-1]:.3f}  {rate:,.0f} tokens/s  optimizer {share:.0%}"
+    print(f"\r{line}" if terminal else line, end="\n" if step + 1 == steps or not terminal else "", flush=True)
+
+
+def report(runs: list[Run], options: argparse.Namespace) -> None:
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    content = {"options": vars(options), "world_size": dist.get_world_size(), "runs": [{**asdict(r), **r.summary()} for r in runs]}
+    (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+    print(f"\n{'optimizer':10}{'lr':>8}{'loss':>8}{'tokens/s':>11}{'optimizer share':>17}{'state per rank':>16}{'skipped':>9}")
+    for r in runs:
+        s = r.summary()
+        print(
+            f"{r.optimizer:10}{r.lr:8g}{s['loss']:8.3f}{s['tokens_per_second']:11,.0f}{s['optimizer_share']:17.1%}"
+            f"{r.state_bytes_per_rank / 1e6:13.1f} MB{r.skipped_steps:9}"
+        )
+    print("loss: mean of the last ten steps. optimizer share: of the step's time, the first step left out.")
+    draw(runs, out / "loss.png")
+    print(f"written: {out / 'results.json'}, {out / 'loss.png'}")
+
+
+def draw(runs: list[Run], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for run, color in zip(runs, ("#c0392b", "#34495e"), strict=False):
+        smooth = [sum(run.loss[max(0, k - 4) : k + 1]) / len(run.loss[max(0, k - 4) : k + 1]) for k in range(len(run.loss))]
+        steps = range(1, len(run.loss) + 1)
+        axes.plot(steps, run.loss, color=color, alpha=0.25, linewidth=1)
+        axes.plot(steps, smooth, color=color, linewidth=2, label=f"{run.optimizer}, lr {run.lr:g}", marker="o" if len(steps) < 10 else None)
+    axes.set(xlabel="step", ylabel="cross-entropy per byte (nats)", title="Byte-level GPT, mean over ranks; bold: mean of five steps")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a small byte-level GPT with MuonDist under FSDP2, and with AdamW beside it.")
+    parser.add_argument("--steps", type=int, default=100, help="steps of each run (default 100)")
+    parser.add_argument("--data", metavar="FILE", help="text to train on (default: the Python standard library's sources)")
+    parser.add_argument("--out", metavar="DIR", default="runs/quickstart", help="where results.json and loss.png go")
+    parser.add_argument("--optimizers", nargs="+", default=["MuonDist", "AdamW"], choices=["MuonDist", "AdamW"])
+    parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate of MuonDist")
+    parser.add_argument("--adamw-lr", type=float, default=4e-3, help="peak learning rate of the AdamW run")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=4, help="windows per rank and step")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    for key in ("steps", "layers", "width", "heads", "context", "batch"):
+        if getattr(options, key) < 1:
+            parser.error(f"--{key} must be at least 1, got {getattr(options, key)}")
+    if options.width % options.heads:
+        parser.error(f"--heads {options.heads} does not divide --width {options.width}")
+    if options.data is not None and not Path(options.data).is_file():
+        parser.error(f"--data {options.data} is not a file")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    text = read_text(options.data)
+    if len(text) < options.context + 2:
+        raise SystemExit(f"{options.data} has {len(text)} bytes; a window of --context {options.context} needs {options.context + 2}")
+    if "RANK" not in os.environ:
+        raise SystemExit("start this with torchrun, e.g. torchrun --standalone --nproc_per_node 2 launch/train_gpt.py")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if dist.get_rank() == 0:
+        model = GPT(layers=options.layers, width=options.width, heads=options.heads, context=options.context)
+        size = sum(p.numel() for p in model.parameters())
+        print(
+            f"{size / 1e6:.1f} M parameters, {len(text) / 1e6:.1f} MB of text, {dist.get_world_size()} ranks on {device.type}, FSDP2",
+            flush=True,
+        )
+    rates = {"MuonDist": options.lr, "AdamW": options.adamw_lr}
+    runs = [train(name, rates[name], text, device, options) for name in options.optimizers]
+    if dist.get_rank() == 0:
+        report(runs, options)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

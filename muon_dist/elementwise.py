@@ -1,0 +1,105 @@
+"""What happens to fragments element by element: gradients, decay, momentum, AdamW. Foreach and fused kernels, no ranks.
+
+Whether a parameter's step happens is a bool on the device, never known to the host. Where it doesn't, nothing may change and no
+NaN may get further, so values are chosen with `where`, never multiplied by zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
+
+from .binding import BoundParameter, local_tensor
+
+
+def local_gradient(bound: BoundParameter) -> Tensor | None:
+    """This rank's part of a gradient, checked against its parameter."""
+    grad = bound.parameter.grad
+    if grad is None:
+        return None
+    if grad.is_sparse:
+        raise ValueError(
+            f"{bound.name or 'a parameter'} has a sparse gradient, which MuonDist does not take; use sparse=False in its embedding"
+        )
+    if isinstance(bound.parameter, DTensor):
+        wanted = bound.parameter.placements
+        placed = grad.placements if isinstance(grad, DTensor) else None
+        if not isinstance(grad, DTensor) or any(
+            have != want and not have.is_replicate() for have, want in zip(grad.placements, wanted, strict=True)
+        ):
+            raise ValueError(
+                f"{bound.name or 'a parameter'} is placed {wanted} but its gradient is {placed or 'a plain tensor'}: taking its part would "
+                "need communication. Redistribute the gradient to the parameter's placements before the step"
+            )
+        if placed != wanted:
+            grad = grad.redistribute(placements=wanted)  # from replicas: every rank takes its own part
+        grad = grad.to_local()
+        if hasattr(grad, "wait"):
+            grad = grad.wait()
+    return grad
+
+
+def _or_zero(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad.to(like.dtype)
+
+
+def decay(members: list[BoundParameter], factor: float, go: dict[BoundParameter, Tensor]) -> None:
+    """Multiply parameters by `factor` where their step happens. As a tensor of half precision, 1 − lr·wd would round to 1."""
+    alike: dict[tuple[int, torch.dtype], list[BoundParameter]] = {}
+    for b in members:
+        alike.setdefault((id(go[b]), b.parameter.dtype), []).append(b)
+    for (_, dtype), same in alike.items():
+        flag, tensors = go[same[0]], [b.local for b in same]
+        if dtype in (torch.float32, torch.float64):
+            one = torch.ones((), dtype=dtype, device=flag.device)
+            torch._foreach_mul_(tensors, torch.where(flag, one * factor, one))
+        else:
+            torch._foreach_copy_(tensors, [torch.where(flag, t * factor, t) for t in tensors])
+
+
+def momentum_forms(
+    members: Sequence[BoundParameter],
+    buffers: list[Tensor],
+    grads: Mapping[BoundParameter, Tensor | None],
+    go: Mapping[BoundParameter, Tensor],
+) -> list[Tensor]:
+    """Advance the momentum of parameters of one group, in place, and return what is to be orthogonalised: the Nesterov form or it.
+
+    Where a step doesn't happen the buffer stands in for the gradient: buf.lerp_(buf, …) is buf.
+    """
+    group = members[0].group
+    fresh = [torch.where(go[b], _or_zero(grads[b], buffer), buffer) for b, buffer in zip(members, buffers, strict=True)]
+    torch._foreach_lerp_(buffers, fresh, 1 - group["momentum"])
+    if not group["nesterov"]:
+        return buffers
+    torch._foreach_lerp_(fresh, buffers, group["momentum"])
+    return fresh
+
+
+def adamw_step(
+    members: Sequence[BoundParameter], states: Sequence[dict[str, Any]], grads: Mapping[BoundParameter, Tensor | None], go: Tensor
+) -> None:
+    """torch's fused AdamW on the fragments of one group; it leaves everything alone where `found_inf` says so."""
+    group, tensors = members[0].group, [b.local for b in members]
+    adamw(
+        tensors,
+        [_or_zero(grads[b], p) for b, p in zip(members, tensors, strict=True)],
+        [local_tensor(s["exp_avg"]) for s in states],
+        [local_tensor(s["exp_avg_sq"]) for s in states],
+        [],
+        [s["step"] for s in states],
+        fused=True,
+        found_inf=(~go).to(torch.float32),
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=float(group["lr"]),
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
