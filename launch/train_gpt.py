@@ -108,7 +108,7 @@ class Run:
         seconds, inside = self.seconds[1:] or self.seconds, self.optimizer_seconds[1:] or self.optimizer_seconds
         last = self.loss[-10:]
         return {
-            "loss": sum(last) / len(last),
+            "final_loss": sum(last) / len(last),
             "tokens_per_second": self.tokens_per_step * len(seconds) / sum(seconds),
             "optimizer_share": sum(inside) / sum(seconds),
         }
@@ -207,7 +207,7 @@ def report(runs: list[Run], options: argparse.Namespace) -> None:
     for r in runs:
         s = r.summary()
         print(
-            f"{r.optimizer:10}{r.lr:8g}{s['loss']:8.3f}{s['tokens_per_second']:11,.0f}{s['optimizer_share']:17.1%}"
+            f"{r.optimizer:10}{r.lr:8g}{s['final_loss']:8.3f}{s['tokens_per_second']:11,.0f}{s['optimizer_share']:17.1%}"
             f"{r.state_bytes_per_rank / 1e6:13.1f} MB{r.skipped_steps:9}"
         )
     print("loss: mean of the last ten steps. optimizer share: of the step's time, the first step left out.")
@@ -240,7 +240,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", metavar="DIR", default="runs/quickstart", help="where results.json and loss.png go")
     parser.add_argument("--optimizers", nargs="+", default=["MuonDist", "AdamW"], choices=["MuonDist", "AdamW"])
     parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate of MuonDist")
-    parser.add_argument("--adamw-lr", type=float, default=4e-3, help="peak learning rate of the AdamW run")
+    parser.add_argument("--adamw-lr", type=float, default=1e-3, help="peak learning rate of the AdamW run")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--heads", type=int, default=4)

@@ -166,9 +166,7 @@ def run(config: str, *, dp: int, tp: int, zero: int, ns_steps: int, bucket_mb: f
         ("peak of temporary memory", *spread([load.peak_bytes for load in loads], "B")),
     ]
     print(table(("per rank and step", "least", "mean", "most"), rows, right=(1, 2, 3)))
-    print(
-        f"\nimbalance {plan.imbalance():.3f} (busiest over mean); the largest matrix allows {plan.imbalance_lower_bound():.3f} at best"
-    )
+    print(f"\nimbalance {plan.imbalance():.3f} (busiest over mean); the largest matrix allows {plan.imbalance_lower_bound():.3f} at best")
     share = total / model_flops
     busiest = max(load.flops for load in loads) * plan.n_ranks / model_flops
     print(

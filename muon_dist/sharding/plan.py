@@ -15,8 +15,11 @@ import numpy as np
 from .layout import Box, Placement, box_numel
 
 # What moving a byte costs in floating-point operations when owners are chosen: a rank that runs 400 TFLOP/s behind a
-# 100 GB/s link does 4,000 of them in the time of one byte. It decides only between ranks that are about equally loaded.
+# 100 GB/s link does 4,000 of them in the time of one byte.
 FLOPS_PER_BYTE = 4_000
+
+# Work is no longer moved for balance once the busiest owner is within this factor of what can be reached.
+EVEN_ENOUGH = 1.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,9 +168,10 @@ def _over_mean(flops: float, plan: Plan) -> float:
 def make_plan(placements: Sequence[Placement], matrices: Sequence[MatrixTask], *, n_ranks: int, bucket_bytes: int) -> Plan:
     """Choose an owner for every matrix and cut the work into buckets.
 
-    Owners: costliest first, each matrix goes to the rank that would be done first, where done counts FLOPs and the bytes
-    that would have to move there; so a rank that already holds most of a matrix wins among equals. The matrices of a
-    replicated parameter stay together, since its momentum lives whole with its owner.
+    Owners: a matrix goes to the rank that holds most of it; one that no rank holds more of than others, costliest first, to
+    the rank that would be done first. Then matrices leave the busiest rank while that shortens the step, where the step
+    counts FLOPs and the bytes that have to travel. The matrices of a replicated parameter stay together, since its momentum
+    lives whole with its owner.
 
     Buckets: each owner's matrices, largest shapes first and equal shapes side by side, are cut where one rank would
     receive more than `bucket_bytes`; bucket k joins the k-th cut of every owner, so all owners work at the same time.
@@ -236,28 +240,68 @@ def _choose_owners(
     pieces: Sequence[tuple[Piece, ...]],
     n_ranks: int,
 ) -> list[int]:
-    owners = [0] * len(matrices)
-    load = np.zeros(n_ranks)
+    units = sorted(_units(placements, matrices), key=lambda u: (-sum(matrices[i].flops for i in u), matrices[u[0]].name, u[0]))
     memo: dict[int, np.ndarray | None] = {}
-    units = _units(placements, matrices)
-    for unit in sorted(units, key=lambda u: (-sum(matrices[i].flops for i in u), matrices[u[0]].name, u[0])):
-        missing = np.zeros(n_ranks)  # bytes of the unit that a rank doesn't hold: they come in, and their update goes out
+    work = np.array([sum(matrices[i].flops for i in unit) for unit in units], float)
+    missing = np.array([_missing_bytes(unit, placements, matrices, pieces, n_ranks, memo) for unit in units]).reshape(len(units), n_ranks)
+    cost = work[:, None] + FLOPS_PER_BYTE * missing  # of a unit on a rank
+
+    owner_of = np.full(len(units), -1)
+    load = np.zeros(n_ranks)
+    has_home = missing.min(axis=1, initial=np.inf) < missing.mean(axis=1) if len(units) else np.zeros(0, bool)
+    for u in np.flatnonzero(has_home):
+        home = np.flatnonzero(missing[u] == missing[u].min())
+        owner_of[u] = home[np.argmin(load[home])]
+        load[owner_of[u]] += cost[u, owner_of[u]]
+    for u in np.flatnonzero(~has_home):
+        owner_of[u] = np.argmin(load + cost[u])
+        load[owner_of[u]] += cost[u, owner_of[u]]
+
+    even = EVEN_ENOUGH * max(work.sum() / n_ranks, work.max(initial=0.0))
+    for _ in range(4 * len(units)):  # move work away from the busiest rank while that pays for the way
+        busiest = int(np.argmax(load))
+        own = np.flatnonzero(owner_of == busiest)
+        if work[own].sum() <= even:
+            break
+        target = np.argmin(load + cost[own], axis=1)
+        after = np.maximum(load[busiest] - cost[own, busiest], load[target] + cost[own, target])
+        best = int(np.argmin(after))
+        if after[best] >= load[busiest]:
+            break
+        u, to = own[best], target[best]
+        load[busiest] -= cost[u, busiest]
+        load[to] += cost[u, to]
+        owner_of[u] = to
+
+    owners = [0] * len(matrices)
+    for unit, owner in zip(units, owner_of, strict=True):
         for i in unit:
-            if placements[matrices[i].parameter].replicated:
-                continue
-            missing += 2 * matrices[i].wire_bytes
-            held = _held_alone(pieces[i], n_ranks, memo)
-            if held is not None:
-                missing -= 2 * held * matrices[i].wire_itemsize
-                continue
-            for piece in pieces[i]:
-                missing[list(piece.holders)] -= 2 * box_numel(piece.box) * matrices[i].wire_itemsize
-        cost = sum(matrices[i].flops for i in unit) + FLOPS_PER_BYTE * missing
-        owner = int(np.argmin(load + cost))
-        load[owner] += cost[owner]
-        for i in unit:
-            owners[i] = owner
+            owners[i] = int(owner)
     return owners
+
+
+def _missing_bytes(
+    unit: Sequence[int],
+    placements: Sequence[Placement],
+    matrices: Sequence[MatrixTask],
+    pieces: Sequence[tuple[Piece, ...]],
+    n_ranks: int,
+    memo: dict[int, np.ndarray | None],
+) -> np.ndarray:
+    """What would travel if a rank owned the unit, for each rank: the bytes it doesn't hold come in, and their update goes out."""
+    missing = np.zeros(n_ranks)
+    for i in unit:
+        task = matrices[i]
+        if placements[task.parameter].replicated:
+            continue
+        missing += 2 * task.wire_bytes
+        held = _held_alone(pieces[i], n_ranks, memo)
+        if held is not None:
+            missing -= 2 * held * task.wire_itemsize
+            continue
+        for piece in pieces[i]:
+            missing[list(piece.holders)] -= 2 * box_numel(piece.box) * task.wire_itemsize
+    return missing
 
 
 def _cut_buckets(matrices: Sequence[MatrixTask], owners: Sequence[int], bucket_bytes: int) -> tuple[tuple[int, ...], ...]:

@@ -1,0 +1,130 @@
+"""The commands and scripts as a user runs them: what they print, write and refuse."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(*arguments: str, timeout: float = 240) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "muon_dist.cli.main", *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def test_doctor_takes_a_real_two_rank_step_and_finds_it_right() -> None:
+    result = command("doctor")
+    assert result.returncode == 0, result.stderr
+    assert "torch 2." in result.stdout and "gloo" in result.stdout and result.stdout.rstrip().endswith(": ok")
+
+
+def test_inspect_tells_every_parameters_route_reason_view_and_scale(tmp_path: Path) -> None:
+    result = command("inspect", "configs/models/gpt-5m.json", "--json", str(tmp_path / "inspect.json"))
+    assert result.returncode == 0, result.stderr
+    written = json.loads((tmp_path / "inspect.json").read_text())
+    by_name = {p["name"]: p for p in written["parameters"]}
+    assert by_name["blocks.0.attn.qkv.weight"]["matrices"] == [[256, 256]] * 3
+    assert by_name["blocks.0.mlp.up.weight"]["scales"] == [pytest.approx(0.2 * 32)]
+    assert by_name["lm_head.weight"]["route"] == "adamw" and "head" in by_name["lm_head.weight"]["reason"]
+    assert all(p["name"] in result.stdout and p["reason"] in result.stdout for p in written["parameters"])
+
+
+def test_the_config_of_the_quickstart_is_its_model(tmp_path: Path) -> None:
+    sys.path.insert(0, str(ROOT / "launch"))
+    try:
+        from train_gpt import GPT
+    finally:
+        sys.path.pop(0)
+    from muon_dist.cli.models import model_parameters
+
+    model = GPT(layers=6, width=256, heads=4, context=256)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert {p.name: p.shape for p in model_parameters("configs/models/gpt-5m.json")} == expected
+
+
+def test_inspect_reads_a_module_path() -> None:
+    result = command("inspect", "tests.test_routing:Model")
+    assert result.returncode == 0, result.stderr
+    assert "frozen" in result.stdout and "stack of 3 matrices" in result.stdout
+
+
+@pytest.mark.parametrize("config", ["llama-8b", "llama-70b", "gpt-5m", "gpt2-small"])
+def test_plan_writes_what_it_prints(tmp_path: Path, config: str) -> None:
+    out = tmp_path / "plan.json"
+    result = command("plan", f"configs/models/{config}.json", "--dp", "4", "--tp", "2", "--zero", "1", "--json", str(out))
+    assert result.returncode == 0, result.stderr
+    plan = json.loads(out.read_text())
+    assert set(plan["matrices"][0]) == {"name", "shape", "owner", "flops"}
+    assert set(plan["ranks"][0]) == {"flops", "bytes_sent", "bytes_received", "state_bytes", "peak_bytes"}
+    assert len(plan["ranks"]) == 8
+    assert sum(r["flops"] for r in plan["ranks"]) == sum(m["flops"] for m in plan["matrices"])
+    assert f"imbalance {plan['imbalance']:.3f}" in result.stdout and plan["imbalance"] >= plan["imbalance_lower_bound"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("inspect", "nothere.json"), "can't read"),
+        (("inspect", "no.such.module:Model"), "can't import"),
+        (("inspect", "torch.nn:Linear"), "without arguments"),
+        (("inspect", "Model"), "neither"),
+        (("plan", "configs/models/llama-8b.json", "--dp", "0"), "at least 1"),
+        (("plan", "no.json", "--zero", "1"), "can't read"),
+        (("bench", "step", "--pairs", "0"), "at least 1"),
+    ],
+)
+def test_wrong_arguments_end_with_one_clear_line(arguments: tuple[str, ...], words: str) -> None:
+    result = command(*arguments)
+    assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr
+
+
+def test_bench_step_measures_pairs_and_writes_them(tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    result = command(
+        "bench", "step", "--model", "configs/models/gpt-5m.json", "--layers", "1", "--ranks", "1", "2", "--pairs", "2", "--json", str(out)
+    )
+    assert result.returncode == 0, result.stderr
+    runs = json.loads(out.read_text())["runs"]
+    assert [(r["ranks"], len(r["seconds"])) for r in runs] == [(1, 2), (2, 2)]
+    assert all(f"{r['ratio']:.2f}×" in result.stdout for r in runs)
+
+
+def quickstart(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", "launch/quickstart.sh", *arguments], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600
+    )
+
+
+def test_the_quickstart_trains_and_draws(tmp_path: Path) -> None:
+    data = tmp_path / "text"
+    data.write_text("to be or not to be, that is the question\n" * 200)
+    result = quickstart("--steps", "2", "--data", str(data), "--nproc", "2", "--out", str(tmp_path / "out"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(r["optimizer"], len(r["loss"])) for r in written["runs"]] == [("MuonDist", 2), ("AdamW", 2)]
+    assert written["world_size"] == 2 and written["runs"][0]["skipped_steps"] == 0
+    # half of the 4.7 M matrix parameters' momentum and of the rest's two moments, in fp32
+    assert written["runs"][0]["state_bytes_per_rank"] < 0.6 * written["runs"][1]["state_bytes_per_rank"]
+    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "MuonDist  step    2/2" in result.stdout and "optimizer share" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--steps",), "needs a value"),
+        (("--steps", "many"), "positive number"),
+        (("--nproc", "0"), "positive number"),
+        (("--data", "/no/such/file"), "is not a file"),
+        (("--speed", "9"), "unknown option"),
+    ],
+)
+def test_the_quickstart_refuses_what_it_does_not_know(arguments: tuple[str, ...], words: str) -> None:
+    result = quickstart(*arguments)
+    assert result.returncode == 1 and words in result.stderr

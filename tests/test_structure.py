@@ -1,0 +1,50 @@
+"""The law of imports: mathematics knows no ranks, sharding knows no Muon, and hosts stay in their integrations."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# What the modules of a room may import of ours. Everything else in muon_dist/ is the optimizer and may import all three.
+ALLOWED = {"polar": {"polar"}, "sharding": {"sharding"}, "spectrum": {"spectrum", "polar"}}
+HOSTS = {"deepspeed", "megatron", "transformers", "accelerate", "lightning"}
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute dotted names of everything a file imports."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, (base, node.module)))
+            names |= {f"{module}.{alias.name}" for alias in node.names} | {module}
+    return names
+
+
+def test_rooms_import_only_what_the_law_allows() -> None:
+    files = list((ROOT / "muon_dist").rglob("*.py"))
+    assert len(files) > 15
+    for path in files:
+        room = path.relative_to(ROOT / "muon_dist").parts[0]
+        ours = {name.split(".")[1] for name in imports(path) if name.startswith("muon_dist.")}
+        if room in ALLOWED:
+            assert ours <= ALLOWED[room], f"{path} imports {ours - ALLOWED[room]}"
+        elif room not in ("cli", "bench"):
+            assert not ours & {"cli", "bench", "integrations"}, f"{path} imports {ours}"
+        if room != "bench":
+            assert not {name.split(".")[0] for name in imports(path)} & HOSTS, f"{path} imports a host framework"
+
+
+def test_the_reference_imports_torch_only() -> None:
+    assert {name.split(".")[0] for name in imports(ROOT / "tests" / "reference.py")} <= {"torch", "math"}
+    assert len((ROOT / "tests" / "reference.py").read_text().splitlines()) <= 110
+
+
+def test_the_library_needs_only_torch_and_numpy() -> None:
+    import sys
+
+    for path in (ROOT / "muon_dist").rglob("*.py"):
+        outside = {name.split(".")[0] for name in imports(path)} - {"muon_dist", "torch", "numpy", *sys.stdlib_module_names}
+        assert not outside, f"{path} imports {outside}"
