@@ -240,7 +240,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", metavar="DIR", default="runs/quickstart", help="where results.json and loss.png go")
     parser.add_argument("--optimizers", nargs="+", default=["MuonDist", "AdamW"], choices=["MuonDist", "AdamW"])
     parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate of MuonDist")
-    parser.add_argument("--adamw-lr", type=float, default=1e-3, help="peak learning rate of the AdamW run")
+    parser.add_argument("--adamw-lr", type=float, default=5e-4, help="peak learning rate of the AdamW run")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--heads", type=int, default=4)
