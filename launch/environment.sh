@@ -37,7 +37,7 @@ has_nvidia_driver() {
 }
 
 pip_install() {
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$ROOT/launch/constraints.txt" "$@"
+    "$VENV/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --constraint "$ROOT/launch/constraints.txt" "$@"
 }
 
 install_torch() {
