@@ -344,16 +344,20 @@ def all_gather_rows(row: Tensor, domain: Domain) -> Tensor:
     """Every rank's row, (ranks, len(row)), on the CPU; raises where a rank doesn't answer in time."""
     row = row.to(domain.device)
     rows = [torch.empty_like(row) for _ in domain.ranks]
-    work = dist.all_gather(rows, row, group=domain.process_group, async_op=True)
-    assert work is not None
+    wait_in_time(dist.all_gather(rows, row, group=domain.process_group, async_op=True), domain.ranks)
+    return torch.stack(rows).cpu()
+
+
+def wait_in_time(work: dist.Work | None, ranks: Sequence[int]) -> None:
+    """Wait for a collective of binding, and say who is missing from what where it doesn't end."""
+    assert work is not None  # this rank is in the group
     try:
         work.wait(TIMEOUT)
     except RuntimeError as error:
         raise RuntimeError(
-            f"not all of the ranks {list(domain.ranks)} came to bind the optimizer within {TIMEOUT.seconds} s: check that all of them "
+            f"not all of the ranks {list(ranks)} came to bind the optimizer within {TIMEOUT.seconds} s: check that all of them "
             "build it with the same parameters and process_group, and take the same steps"
         ) from error
-    return torch.stack(rows).cpu()
 
 
 def checksum(tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .binding import BoundParameter, Domain, all_gather_rows, bind_domains, local_tensor
+from .binding import BoundParameter, Domain, all_gather_rows, bind_domains, local_tensor, wait_in_time
 from .elementwise import adamw_step, decay, local_gradient, momentum_forms
 from .groups import GROUP_KEYS, check_group, group_routes, read_groups, translate_state_groups
 from .polar.newton_schulz import orthogonalize_batch
@@ -53,7 +53,8 @@ class MuonDist(torch.optim.Optimizer):
         compute_dtype: of Newton–Schulz, a dtype or a name ("bf16"). None: bf16 on an accelerator, fp32 on a CPU, fp64 for
             fp64 parameters.
         wire_dtype: of what travels: bf16, fp32 or fp64. None: the compute dtype (fp32 where that is fp16).
-        process_group: the ranks over which plain tensors are replicas. None: all ranks.
+        process_group: the ranks that step together: plain tensors are replicas over them, and one bad gradient skips the step on
+            all of them. None: all ranks.
         layouts: name -> `ShardLayout` for fragments whose place their tensors don't tell.
         bucket_mb: MiB on the wire that an owner receives in one bucket, a single larger matrix excepted.
         eps: smallest Frobenius norm that a matrix is divided by; guards only against zero.
@@ -203,15 +204,15 @@ class MuonDist(torch.optim.Optimizer):
     def _agree_on_flag_group(self) -> dist.ProcessGroup | None:
         """The group that shares the finite flag where domains are several; None where one domain holds everything.
 
-        Ranks with unlike parameters must agree on whether there is such a reduction, hence this one.
+        Ranks with unlike parameters must agree on whether there is such a reduction, hence this one over `process_group`.
         """
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(self._process_group) == 1:
             return None
+        everyone = tuple(sorted(dist.get_process_group_ranks(self._process_group or dist.group.WORLD)))
+        alone = len(self._domains) == 1 and self._domains[0].ranks == everyone
         device = self._domains[0].device if self._domains else torch.device("cpu")
-        everyone = sorted(dist.get_process_group_ranks(self._process_group or dist.group.WORLD))
-        alone = len(self._domains) == 1 and list(self._domains[0].ranks) == everyone
-        several = torch.tensor([0 if alone else 1], dtype=torch.int32, device=device)
-        dist.all_reduce(several, dist.ReduceOp.MAX, group=self._process_group)
+        several = torch.tensor([not alone], dtype=torch.int32, device=device)
+        wait_in_time(dist.all_reduce(several, dist.ReduceOp.MAX, group=self._process_group, async_op=True), everyone)
         return (self._process_group or dist.group.WORLD) if several.item() else None
 
     def _allocate_state(self, domain: Domain, bound: BoundParameter) -> None:
