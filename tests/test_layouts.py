@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 
-from muon_dist import MuonDist, ShardLayout
-from muon_dist.sharding.layout import Placement, box_numel, fragment_numel
+from muon_dist import MuonDist, ShardLayout, build_param_groups
+from muon_dist.sharding.layout import Placement, box_numel, dtensor_fragments, fragment_numel
 
+from . import models
 from .ranks import run_ranks
 from .reference import ReferenceMuon
 
@@ -173,3 +174,51 @@ def test_every_element_lies_in_exactly_one_fragment_in_storage_order(shape: tupl
     whole = tuple((0, size) for size in shape)
     pieces = Placement(name="w", shape=shape, fragments=tuple(fragments)).pieces(whole)
     assert sum(box_numel(box) for box, _ in pieces) == numel
+
+
+def where_values_lie(placement: str, shapes: str) -> int:
+    """Every DTensor's fragment against the values that its host put there. Updates alone would not tell: they permute with the rows."""
+    original = {name: p.detach().clone() for name, p in models.make_bank(models.SHAPES[shapes], torch.float64).named_parameters()}
+    model = models.place(models.make_bank(models.SHAPES[shapes], torch.float64), placement)
+    checked = 0
+    for name, p in model.named_parameters():
+        ranks, fragments = dtensor_fragments(p, name)
+        mine = fragments[ranks.index(dist.get_rank())]
+        stored = p.to_local().detach()
+        assert fragment_numel(mine) == stored.numel()
+        for box in mine:
+            assert torch.equal(stored, original[name][tuple(slice(a, b) for a, b in box)]), name
+            checked += 1
+    return checked
+
+
+@pytest.mark.parametrize(
+    ("placement", "world", "shapes"),
+    [
+        ("fsdp2", 3, "odd"),
+        ("fsdp2_dim1", 2, "even"),
+        ("hsdp", 4, "odd"),
+        ("tp", 3, "wide"),
+        ("fsdp2_tp", 4, "wide"),
+        ("fsdp2_tp", 4, "even"),
+    ],
+)
+def test_fragments_of_dtensors_are_where_their_hosts_put_them(placement: str, world: int, shapes: str) -> None:
+    assert all(run_ranks(world, where_values_lie, placement, shapes))
+
+
+def fused_rows_under_fsdp2_and_tensor_parallelism() -> float:
+    """A fused weight whose rows FSDP2 cuts inside tensor-parallel cuts: its matrices are still its own rows."""
+    model = models.place(models.make_bank([(24, 10)], torch.float64), "fsdp2_tp")
+    name, sizes = "layers.0.weight", [12, 8, 4]
+    optimizer = MuonDist(build_param_groups(model, split={"weight": sizes}), lr=1.0, weight_decay=0.0)
+    models.backward(model, 0, "fsdp2_tp")
+    before = models.whole_parameters(model)
+    reference = ReferenceMuon(before, {name: sizes}, lr=1.0, weight_decay=0.0)
+    reference.step(models.whole_gradients(model))
+    optimizer.step()
+    return models.relative_errors(before, models.whole_parameters(model), reference.parameters)[name]
+
+
+def test_fused_weights_are_split_under_fsdp2_and_tensor_parallelism() -> None:
+    assert max(run_ranks(4, fused_rows_under_fsdp2_and_tensor_parallelism)) <= 1e-10
