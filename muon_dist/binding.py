@@ -61,7 +61,7 @@ class BoundParameter:
 
     @property
     def muon(self) -> bool:
-        return self.route.algorithm == "muon"
+        return bool(self.group["algorithm"] == "muon")
 
     @property
     def local(self) -> Tensor:
@@ -80,6 +80,10 @@ class Domain:
     plan: Plan
     exchange: Exchange
     matrices: list[Matrix]  # parallel to plan.matrices
+    owner_of_parameter: list[int] = field(default_factory=list)
+    whole_count: Tensor = field(
+        default_factory=lambda: torch.empty(0)
+    )  # per parameter: ranks that hold some of it, where pieces are held twice
     first_bucket: list[list[int]] = field(default_factory=list)  # parameters whose first matrix travels in a bucket
     last_bucket: list[list[int]] = field(default_factory=list)
 
@@ -95,7 +99,7 @@ class Domain:
 
     def owner_of(self, bound: BoundParameter) -> int:
         """The rank that owns a parameter's first matrix (all of them, if it is replicated); rank 0 for an empty one."""
-        return next((o for t, o in zip(self.plan.matrices, self.plan.owners, strict=True) if t.parameter == bound.position), 0)
+        return self.owner_of_parameter[bound.position]
 
 
 def bind_domains(
@@ -110,12 +114,6 @@ def bind_domains(
 
     `groups` keeps the process groups made here, so that binding again makes none twice.
     """
-    unknown = set(layouts) - {name for name, *_ in entries}
-    if unknown:
-        raise ValueError(
-            f"layouts name {sorted(unknown)}, which are not trainable parameters of this optimizer; it knows "
-            f"{[name for name, *_ in entries][:5]}…"
-        )
     explicit = _exchange_layouts(entries, process_group, layouts, groups)
     bound = [_bind_parameter(*entry, process_group, explicit.get(entry[0])) for entry in entries]
     by_ranks: dict[tuple[int, ...], list[BoundParameter]] = {}
@@ -126,7 +124,15 @@ def bind_domains(
         members = by_ranks[ranks]
         known = next((b.known_group for b in members if b.known_group is not None), None)
         domains.append(_make_domain(ranks, members, _group_of(ranks, known, groups), bucket_bytes))
+    together = set(_ranks_of(process_group))
     for domain in domains:
+        if not together.issuperset(domain.ranks):
+            raise ValueError(
+                f"{domain.parameters[0].name or 'a parameter'} lives on ranks {list(domain.ranks)}, "
+                f"beyond process_group's {sorted(together)}: "
+                "a bad gradient could then skip the step on some of its ranks only. Pass a process_group that covers all of them, and "
+                "layouts for plain tensors that are replicas over fewer"
+            )
         _compare_plans(domain)
     return domains
 
@@ -225,10 +231,19 @@ def _make_domain(ranks: tuple[int, ...], members: list[BoundParameter], group: d
         exchange=Exchange(routes, group=group, device=device),
         matrices=matrices,
     )
+    owners = dict(zip([t.parameter for t in reversed(tasks)], reversed(plan.owners), strict=True))
+    domain.whole_count = torch.tensor([_replica_count(b.placement) for b in members], dtype=torch.int32, device=device)
+    domain.owner_of_parameter = [owners.get(position, 0) for position in range(len(members))]
     meets = [[tasks[i].parameter for i in bucket] for bucket in plan.buckets]
     domain.first_bucket = [sorted(set(ps) - {q for earlier in meets[:k] for q in earlier}) for k, ps in enumerate(meets)]
     domain.last_bucket = [sorted(set(ps) - {q for later in meets[k + 1 :] for q in later}) for k, ps in enumerate(meets)]
     return domain
+
+
+def _replica_count(placement: Placement) -> int:
+    """Ranks that hold some of a parameter, if any piece is held twice; else 0. If one of them has a gradient, all must have."""
+    held = [fragment for fragment in placement.fragments if fragment]
+    return len(held) if len(set(held)) < len(held) else 0
 
 
 def _ranks_of(group: dist.ProcessGroup | None) -> tuple[int, ...]:
@@ -243,7 +258,7 @@ def _group_of(
     """A process group of exactly these ranks; only they take part in making one."""
     if len(ranks) == 1:
         return None
-    if known is not None and _ranks_of(known) == ranks:
+    if known is not None and tuple(dist.get_process_group_ranks(known)) == ranks:  # its own order: all-to-all follows it
         return known
     if ranks == _ranks_of(None):
         return dist.group.WORLD
@@ -308,7 +323,7 @@ def _compare_plans(domain: Domain) -> None:
         return
     lines = [
         f"{b.name or b.position}: {b.route.algorithm} {b.placement.shape} {b.parameter.dtype} "
-        f"{[b.group[k] for k in ('momentum', 'nesterov', 'adjust_lr_fn') if b.muon]}"
+        f"{[b.group.get(k) for k in ('lr', 'weight_decay', 'momentum', 'nesterov', 'adjust_lr_fn', 'betas', 'eps')]}"
         for b in domain.parameters
     ]
     digest = hashlib.sha256("\n".join([domain.plan.digest(), *lines]).encode()).digest()
@@ -342,6 +357,8 @@ def _first_difference(domain: Domain, everyone: Sequence[Sequence[str]]) -> str:
 
 def all_gather_rows(row: Tensor, domain: Domain) -> Tensor:
     """Every rank's row, (ranks, len(row)), on the CPU; raises where a rank doesn't answer in time."""
+    if domain.process_group is None:
+        return row.unsqueeze(0).cpu()
     row = row.to(domain.device)
     rows = [torch.empty_like(row) for _ in domain.ranks]
     wait_in_time(dist.all_gather(rows, row, group=domain.process_group, async_op=True), domain.ranks)

@@ -45,7 +45,11 @@ def local_gradient(bound: BoundParameter) -> Tensor | None:
 
 
 def _or_zero(grad: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if grad is None else grad.to(like.dtype)
+    """The gradient in the dtype and memory layout of `like`, where torch's fused kernels expect it."""
+    if grad is None:
+        return torch.zeros_like(like)
+    grad = grad.to(like.dtype)
+    return grad if grad.stride() == like.stride() else torch.empty_like(like).copy_(grad)
 
 
 def decay(members: list[BoundParameter], factor: float, go: dict[BoundParameter, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from .routing import ALGORITHMS, Route, refuse_flattened, route_parameter
 from .sharding.layout import ShardLayout
 
 # Keys that describe a group itself; a loaded state dict never changes them.
-STRUCTURE = frozenset({"params", "param_names", "algorithm", "reasons", "kind", "split", "transpose"})
+STRUCTURE = frozenset({"params", "param_names", "name", "algorithm", "reasons", "kind", "split", "transpose"})
 MUON_KEYS = frozenset(
     {"lr", "weight_decay", "momentum", "nesterov", "ns_steps", "polynomial", "adjust_lr_fn", "compute_dtype", "wire_dtype", "eps"}
 )
@@ -37,6 +38,8 @@ def read_groups(params: Iterable[Any], defaults: Mapping[str, Any], layouts: Map
     Raises:
         ValueError: nothing to optimise, a key or value that no algorithm takes, or a parameter that can't be routed.
     """
+    if isinstance(params, (set, frozenset)):
+        raise ValueError("params is a set, whose order differs between ranks and runs; pass a list")
     if isinstance(params, Tensor):
         raise ValueError("params is a single tensor; pass an iterable of parameters, of (name, parameter), or of groups")
     items = list(params)
@@ -55,7 +58,11 @@ def _read_group(group: Mapping[str, Any], defaults: Mapping[str, Any], layouts: 
     if "params" not in group:
         raise ValueError(f"a parameter group is a dict with 'params', got keys {sorted(group)}")
     members = group["params"]
+    if isinstance(members, (set, frozenset)):
+        raise ValueError("the parameters of a group are a set, whose order differs between ranks and runs; pass a list")
     members = [members] if isinstance(members, Tensor) else list(members)
+    if not members and group.get("algorithm") is None:
+        raise ValueError("a parameter group is empty and names no algorithm: leave it out, or say which")
     named: list[tuple[str, Tensor]] = []
     for k, member in enumerate(members):
         name, p = member if isinstance(member, tuple) and len(member) == 2 else ("", member)
@@ -73,12 +80,11 @@ def _read_group(group: Mapping[str, Any], defaults: Mapping[str, Any], layouts: 
     _refuse_unknown(set(options), {algorithm} if algorithm else set(ALGORITHMS))
     reasons = group.get("reasons")
     parts: dict[tuple[str, MatrixView | None], dict[str, Any]] = {}
+    if not named and algorithm is not None:  # an empty group stays, so that schedulers find as many as were given
+        parts[(algorithm, MatrixView() if algorithm == "muon" else None)] = {"params": [], "reasons": []}
     for k, (name, p) in enumerate(named):
         shape = layouts[name].global_shape if name in layouts else tuple(p.shape)
         route = route_parameter(name, p, algorithm=algorithm, shape=shape)
-        if route.algorithm == "frozen":  # it stays in its group, without state, until it is trainable
-            kept = algorithm or ("muon" if len(shape) >= 2 else "adamw")
-            route = Route(name=name, algorithm=kept, reason=route.reason, view=MatrixView() if kept == "muon" else None)
         if route.view is not None:
             asked = {key: options[key] for key in ("kind", "split", "transpose") if options.get(key) is not None}
             route = Route(
@@ -126,6 +132,8 @@ def _complete(
             weight_decay=defaults["weight_decay"] if decay is None else decay, betas=defaults["adam_betas"], eps=defaults["adam_eps"]
         )
     complete.update({k: v for k, v in options.items() if k in (GROUP_KEYS[algorithm] | SCHEDULER_KEYS) - {"kind", "split", "transpose"}})
+    if isinstance(complete["lr"], Tensor):  # a scheduler writes into it, for each group by itself
+        complete["lr"] = complete["lr"].clone()
     if algorithm == "adamw":
         complete["betas"] = tuple(complete["betas"]) if isinstance(complete["betas"], Sequence) else complete["betas"]
     return complete
@@ -150,7 +158,7 @@ def check_group(group: Mapping[str, Any]) -> None:
     def number(key: str, low: float, high: float = math.inf) -> None:
         value = group[key]
         value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= float(value) < high:
             raise ValueError(f"{key} must be a number in [{low}, {high}), got {group[key]!r}")
 
     number("lr", 0)
@@ -199,9 +207,6 @@ def translate_state_groups(state_dict: Mapping[str, Any], current: Sequence[Mapp
                 raise ValueError(f"group {k} was saved with {key}=True, which MuonDist does not have")
         for key in ("foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"):
             saved.pop(key, None)
-        unknown = set(saved) - GROUP_KEYS[own["algorithm"]] - SCHEDULER_KEYS
-        if unknown:
-            raise ValueError(f"group {k} of the state dict has options that MuonDist does not know: {sorted(unknown)}")
         structure = {key: own[key] for key in STRUCTURE - {"params"} if key in own}
         groups.append({**own, **saved, **structure, "params": saved["params"]})
     return {**state_dict, "param_groups": groups}

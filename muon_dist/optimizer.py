@@ -12,6 +12,7 @@ A step, on every rank:
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -129,6 +130,7 @@ class MuonDist(torch.optim.Optimizer):
         self._domains: list[Domain] = []
         self._flag_group: dist.ProcessGroup | None = None
         self._signature: tuple[Any, ...] | None = None
+        self._detached = False  # unpickled without the process group or the layouts that it had
         self._has_copies = False  # ranks hold momentum that another owns: after binding, consolidate() or load_state_dict()
         self._skipped: Tensor | None = None
 
@@ -173,14 +175,23 @@ class MuonDist(torch.optim.Optimizer):
             RuntimeError: not all ranks came in time.
         """
         signature = tuple(
-            (repr([group.get(key) for key in REBIND_KEYS]), [(id(p), p.requires_grad) for p in group["params"]])
+            (id(group), repr([group.get(key) for key in REBIND_KEYS]), [(id(p), p.requires_grad) for p in group["params"]])
             for group in self.param_groups
         )
         if signature == self._signature:
             return
+        if self._detached:
+            raise ValueError(
+                "this optimizer had a process_group or layouts, which don't survive pickling or copying: build a new one and load its state"
+            )
         for group in self.param_groups:
             check_group(group)
-        entries = [(route.name, p, group, route) for group in self.param_groups for route, p in group_routes(group) if p.requires_grad]
+        named = [(route, p, group) for group in self.param_groups for route, p in group_routes(group)]
+        unknown = set(self._layouts) - {route.name for route, _, _ in named}
+        if unknown:
+            raise ValueError(f"layouts name {sorted(unknown)}; the parameters of this optimizer are {[r.name for r, _, _ in named][:5]}…")
+        # frozen parameters that have state stay, so that it can be saved; without a gradient nothing happens to them
+        entries = [(route.name, p, group, route) for route, p, group in named if p.requires_grad or p in self.state]
         self._domains = bind_domains(
             entries,
             process_group=self._process_group,
@@ -191,7 +202,7 @@ class MuonDist(torch.optim.Optimizer):
         self._flag_group = self._agree_on_flag_group()
         for domain in self._domains:
             for bound in domain.parameters:
-                self._declare_state(bound.parameter, bound.route.algorithm)
+                self._declare_state(bound.parameter, bound.group["algorithm"])
             self._complete_replicas(domain, everywhere=False)
             for bound in domain.parameters:
                 self._allocate_state(domain, bound)
@@ -231,10 +242,12 @@ class MuonDist(torch.optim.Optimizer):
     def _complete_replicas(self, domain: Domain, *, everywhere: bool) -> None:
         """Bring the momentum of replicated parameters to their owners, who may have changed, or to every rank."""
         replicated = [b for b in domain.parameters if b.muon and b.placement.replicated]
-        if not replicated or domain.process_group is None:
+        if not replicated:
             return
         values = [self.state[b.parameter]["momentum_buffer"] for b in replicated]
-        has = torch.tensor([not (is_unset(v) or is_elsewhere(v)) for v in values], dtype=torch.int64)
+        lost = torch.tensor([is_elsewhere(v) for v in values])
+        has = torch.tensor([not (is_unset(v) or is_elsewhere(v)) for v in values])
+        everyone = all_gather_rows(torch.cat([has, lost]).to(torch.int64), domain)
         owners = [domain.owner_of(b) for b in replicated]
         complete = complete_replicas(
             values,
@@ -242,7 +255,8 @@ class MuonDist(torch.optim.Optimizer):
             lambda i, holders: not bool(holders.all() if everywhere else holders[owners[i]]),
             group=domain.process_group,
             ranks=domain.ranks,
-            has=all_gather_rows(has, domain),
+            has=everyone[:, : len(values)],
+            lost=everyone[:, len(values) :],
         )
         for bound, value in zip(replicated, complete, strict=True):
             self.state[bound.parameter]["momentum_buffer"] = value
@@ -261,7 +275,8 @@ class MuonDist(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step. Collective: every rank of every domain takes it.
 
-        A parameter whose gradient is None on all ranks is left alone, decay included; None on some counts as zero there.
+        A parameter whose gradient is None on all ranks is left alone, decay included; None on some counts as zero there. Where
+        ranks hold equal pieces, all of them or none must have the gradient: else the step is skipped like one that isn't finite.
         """
         loss = None
         if closure is not None:
@@ -307,22 +322,31 @@ class MuonDist(torch.optim.Optimizer):
         """
         flags: list[Tensor] = []  # per domain: [not finite, has a gradient …]
         for domain in self._domains:
-            flag = torch.tensor([0, *(grads[b] is not None for b in domain.parameters)], dtype=torch.int32, device=domain.device)
+            # an empty shard has no say in whether there is a gradient
+            present = [bool(b.placement.fragments[domain.me]) and grads[b] is not None for b in domain.parameters]
+            flag = torch.tensor([0, *present], dtype=torch.int32, device=domain.device)
             own = [g for b in domain.parameters if (g := grads[b]) is not None and g.numel()]
             if own:
                 largest = torch.stack([n.to(domain.device, torch.float64) for n in torch._foreach_norm(own, float("inf"))])
                 flag[0] = ~largest.isfinite().all()
             if domain.process_group is not None:
-                dist.all_reduce(flag, dist.ReduceOp.MAX, group=domain.process_group)
+                dist.all_reduce(flag, dist.ReduceOp.SUM, group=domain.process_group)
+                # equal pieces with and without a gradient would drift apart: as bad as a gradient that is not finite
+                torn = (flag[1:] > 0) & (flag[1:] < domain.whole_count)
+                flag[0] += torn.any()
             flags.append(flag)
-        bad = torch.stack([flag[0].to(flags[0].device) for flag in flags]).amax() if flags else torch.zeros((), dtype=torch.int32)
+        bad = (
+            (torch.stack([flag[0].to(flags[0].device) for flag in flags]) > 0).any().to(torch.int32)
+            if flags
+            else torch.zeros((), dtype=torch.int32)
+        )
         if self._flag_group is not None:
             dist.all_reduce(bad, dist.ReduceOp.MAX, group=self._flag_group)
         if self._nonfinite == "raise" and bad.item():
             here = [b.name or str(b.placement.shape) for b, g in grads.items() if g is not None and not g.isfinite().all()]
             raise ValueError(
-                f"a gradient is not finite: {', '.join(here) or 'on another rank'}; nothing was updated. Lower the learning rate or the "
-                "loss scale, or construct with nonfinite='skip' to leave such steps out"
+                f"a gradient is not finite, or only some replicas have it: {', '.join(here) or 'on another rank'}; nothing was updated. "
+                "Lower the learning rate or the loss scale, or construct with nonfinite='skip' to leave such steps out"
             )
         self._skipped = bad.to(torch.int64) if self._skipped is None else self._skipped + bad
         go: dict[BoundParameter, Tensor] = {}
@@ -406,31 +430,36 @@ class MuonDist(torch.optim.Optimizer):
         Raises:
             RuntimeError: replicated parameters' momentum lives with other ranks; call `consolidate()` on all ranks first.
         """
-        result = super().state_dict()
-        parameters = [p for group in self.param_groups for p in group["params"]]
         missing = 0
-        for index, p in enumerate(parameters):
-            if p not in self.state:
-                continue
-            entry = dict(self.state[p])
+        complete: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
+        for p, entry in self.state.items():
+            complete[p] = dict(entry)
             for key, value in entry.items():
                 missing += is_elsewhere(value)
                 if is_unset(value):
-                    entry[key] = torch.zeros((), dtype=torch.float32) if key == "step" else torch.zeros_like(p)
-            result["state"][index] = entry
+                    complete[p][key] = torch.zeros((), dtype=torch.float32) if key == "step" else torch.zeros_like(p)
         if missing:
             raise RuntimeError(
                 f"the momentum of {missing} replicated parameters lives with their owner ranks, so this state dict would be "
                 "incomplete. Call optimizer.consolidate() on all ranks first; then state_dict() is complete on each of them"
             )
-        return result
+        own, self.state = self.state, complete  # hooks see what is returned
+        try:
+            return super().state_dict()
+        finally:
+            self.state = own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of `torch.optim.Muon`. Doesn't communicate.
 
         Momentum of replicated parameters is expected whole on every rank, as `consolidate()` leaves it.
         """
-        super().load_state_dict(translate_state_groups(state_dict, self.param_groups))
+        # as the last hook, after those that repair old formats
+        translation = self.register_load_state_dict_pre_hook(lambda _, loaded: translate_state_groups(loaded, self.param_groups))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            translation.remove()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.requires_grad:
@@ -438,7 +467,8 @@ class MuonDist(torch.optim.Optimizer):
         self._signature = None  # the next step checks what was loaded and agrees again
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"bucket_bytes": self._bucket_bytes, "nonfinite": self._nonfinite}
+        placed = self._detached or self._process_group is not None or bool(self._layouts)
+        own = {"bucket_bytes": self._bucket_bytes, "nonfinite": self._nonfinite, "detached": placed}
         return {**super().__getstate__(), "muon_dist": own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -447,4 +477,5 @@ class MuonDist(torch.optim.Optimizer):
         if own is not None:  # unpickled: process groups and layouts don't travel
             self._bucket_bytes, self._nonfinite = own["bucket_bytes"], own["nonfinite"]
             self._start_unbound(None, {})
+            self._detached = own["detached"]
             self._reading = True

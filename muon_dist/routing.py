@@ -6,6 +6,7 @@ Nothing falls to AdamW silently: every parameter gets a `Route` that says why, a
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +19,8 @@ ALGORITHMS = ("muon", "adamw")
 
 # Names of modules and parameters that map from symbols or positions, or to symbols. Compared with the last two parts of a
 # dotted name; a head counts only outside numbered layers, since attention has an "output" too.
-EMBEDDING_NAMES = frozenset(
-    {
-        *("embed", "embedding", "embeddings", "emb", "word_embeddings", "embed_tokens", "token_embedding", "token_embeddings"),
-        *("tok_embeddings", "tok_emb", "wte", "wpe", "embed_positions", "position_embedding", "position_embeddings", "pos_embed"),
-        *("pos_embedding", "pos_emb", "relative_attention_bias"),
-    }
+EMBEDDING_NAME = re.compile(
+    r"(^|_)(emb|embed|embedder|embeddings?)(_|$)|^(wte|wpe|shared|relative_(attention|position)_bias(_table)?)$|_token$"
 )
 HEAD_NAMES = frozenset(
     {
@@ -39,7 +36,7 @@ class Route:
 
     Attributes:
         name: its name, or "" where none was given.
-        algorithm: "muon", "adamw", or "frozen" (requires no gradient, so nothing touches it).
+        algorithm: "muon", "adamw", or "frozen" (requires no gradient now, so nothing touches it).
         reason: in words.
         view: how Muon reads it as matrices; None for the others.
     """
@@ -67,8 +64,7 @@ def route_parameter(
     """
     shape = tuple(parameter.shape if shape is None else shape)
     ndim = len(shape)
-    if not parameter.requires_grad:
-        return Route(name=name, algorithm="frozen", reason="requires_grad is False")
+    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
     conv = isinstance(module, nn.modules.conv._ConvNd) or ndim > 3 or (ndim == 3 and "conv" in name.lower())
     view = MatrixView(kind="conv" if conv and ndim > 2 else "matrix")
     if algorithm is not None:
@@ -85,6 +81,8 @@ def route_parameter(
 
     if ndim < 2:
         return adamw(f"{ndim}-D: not a matrix")
+    if transposed:
+        return adamw("transposed convolution: stored (in, out, *k), which is not read as a matrix")
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return adamw("embedding: rows are symbols, not outputs of a linear map")
     if module is None and not name and ndim <= 3:
@@ -93,9 +91,10 @@ def route_parameter(
             'model.named_parameters(), build_param_groups(model), or groups with {"algorithm": "muon"} or {"algorithm": "adamw"}'
         )
     parts = name.lower().split(".")
-    embedding, head = EMBEDDING_NAMES.intersection(parts[-2:]), HEAD_NAMES.intersection(parts[-2:])
+    embedding = [part for part in parts[-2:] if EMBEDDING_NAME.search(part)]
+    head = HEAD_NAMES.intersection(parts[-2:])
     if embedding:
-        return adamw(f"embedding, by its name ({min(embedding)})")
+        return adamw(f"embedding, by its name ({embedding[0]})")
     if head and not any(part.isdigit() for part in parts):
         return adamw(f"output head, by its name ({min(head)})")
     if conv:

@@ -108,6 +108,7 @@ def orthogonalize_batch(
         norm.masked_fill_(~keep.view(-1, 1, 1), float("inf"))
     if batch.dtype != torch.float64:
         norm = norm.to(torch.float32)
+    norm.masked_fill_(norm == 0, float("inf"))  # an eps of 0, or one that fp32 doesn't hold
     x = batch.div_(norm) if batch.dtype == compute_dtype else (batch / norm).to(compute_dtype)  # (B, m, n)
     y = torch.empty_like(x)
     # One matrix after the other where a batched product gains nothing: on a CPU the working set then fits its caches

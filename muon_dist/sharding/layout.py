@@ -233,9 +233,7 @@ def _cut_orders(placements: Sequence[Any], sizes: tuple[int, ...], name: str) ->
                 f"{name} has a partial placement {placement}: its values are sums over ranks that nobody holds. Redistribute it "
                 "to Shard or Replicate before it reaches the optimizer"
             )
-        if isinstance(placement, Shard):
-            orders.setdefault(placement.dim, []).insert(0, mesh_dim)
-        elif _StridedShard is not None and isinstance(placement, _StridedShard):
+        if _StridedShard is not None and isinstance(placement, _StridedShard):  # in older torch it is a Shard, too
             order = orders.setdefault(placement.dim, [])
             counts = np.cumprod([1] + [sizes[d] for d in order]).tolist()
             if placement.split_factor not in counts:
@@ -244,6 +242,8 @@ def _cut_orders(placements: Sequence[Any], sizes: tuple[int, ...], name: str) ->
                     f"{counts}: the order of the cuts can't be resolved. Pass layouts={{{name!r}: ShardLayout(...)}}"
                 )
             order.insert(len(counts) - 1 - counts[::-1].index(placement.split_factor), mesh_dim)
+        elif isinstance(placement, Shard):
+            orders.setdefault(placement.dim, []).insert(0, mesh_dim)
         else:
             raise ValueError(
                 f"{name} has placement {placement!r}, which MuonDist does not know. Pass layouts={{{name!r}: ShardLayout(...)}}"

@@ -43,7 +43,9 @@ def fit_state(value: Tensor, parameter: Tensor, fragment: Fragment, name: str) -
     """
     alike = isinstance(value, DTensor) == isinstance(parameter, DTensor) and value.shape == parameter.shape
     if alike and getattr(value, "placements", None) == getattr(parameter, "placements", None):
-        return value
+        if isinstance(value, DTensor) or value.stride() == parameter.stride():
+            return value
+        return torch.empty_like(parameter).copy_(value)  # in the parameter's memory layout, as elementwise kernels expect
     if isinstance(parameter, DTensor) and not isinstance(value, DTensor) and value.shape == parameter.shape:
         result = torch.zeros_like(parameter)
         assert isinstance(result, DTensor)  # as its parameter is
@@ -65,6 +67,7 @@ def complete_replicas(
     group: dist.ProcessGroup | None,
     ranks: Sequence[int],
     has: Tensor,
+    lost: Tensor,
 ) -> list[Tensor]:
     """Bring replicated state to ranks that need it, by broadcasts from the first rank that has it.
 
@@ -73,18 +76,27 @@ def complete_replicas(
         like: tensors of the shape, dtype and device that each value has where it is.
         needs: (i, ranks that have value i) -> whether any rank must still receive it; equal on all ranks.
         has: (ranks, len(values)), which rank has which value.
+        lost: (ranks, len(values)), where a rank believes a value with another.
 
     Returns:
         The values, complete where they were broadcast.
     """
     result = list(values)
-    if group is None:
-        return result
     for i, value in enumerate(values):
         holders = has[:, i]
-        if not holders.any() or not needs(i, holders):
+        if not holders.any():
+            if bool(lost[:, i].any()):
+                raise ValueError(
+                    "the momentum of a replicated parameter lives with no rank: this optimizer was pickled or copied away from the rank "
+                    "that owned it. Call consolidate() on all ranks before, or load a state dict"
+                )
+            continue
+        if not needs(i, holders):
             continue
         absent = is_unset(value) or is_elsewhere(value)
-        result[i] = torch.empty_like(like[i]) if absent else value
-        dist.broadcast(result[i], src=ranks[int(holders.to(torch.int64).argmax())], group=group)
+        # contiguous on the way: memory layouts may differ between ranks, and a broadcast moves raw memory
+        moved = torch.empty(like[i].shape, dtype=like[i].dtype, device=like[i].device) if absent else value.contiguous()
+        dist.broadcast(moved, src=ranks[int(holders.to(torch.int64).argmax())], group=group)
+        if absent:
+            result[i] = torch.empty_like(like[i]).copy_(moved)
     return result
