@@ -57,10 +57,13 @@ prepare_environment() {
     if [ -x "$VENV/bin/muon-dist" ] && { [ -e "$VENV/.ready-$extra-$stamp" ] || [ -e "$VENV/.ready-test-$stamp" ]; }; then
         return
     fi
-    if [ ! -x "$VENV/bin/python" ]; then
+    if [ -x "$VENV/bin/python" ] && ! is_new_enough "$VENV/bin/python"; then
+        fail "$VENV was made with $("$VENV/bin/python" --version 2>&1); Python 3.10 or newer is needed. Remove it and call again"
+    fi
+    if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then # none yet, or one whose making broke off
         python="$(find_python)" || exit 1
         echo "making $VENV with $("$python" --version)"
-        "$python" -m venv "$VENV" || fail "$python can't make a virtual environment. On Debian or Ubuntu: apt install python3-venv"
+        "$python" -m venv --clear "$VENV" || fail "$python can't make a virtual environment. On Debian or Ubuntu: apt install python3-venv"
     fi
     echo "installing what launch/constraints.txt pins (minutes the first time, a network is needed)"
     install_torch || fail "torch could not be installed. Is there a network? Without an NVIDIA driver, PIP_EXTRA_INDEX_URL can point pip to an index of CPU builds"

@@ -31,6 +31,7 @@ done
 [[ "$steps" =~ ^[1-9][0-9]*$ ]] || fail "--steps must be a positive number, got '$steps'"
 [[ "$nproc" =~ ^[1-9][0-9]*$ ]] || fail "--nproc must be a positive number, got '$nproc'"
 [ -z "$data" ] || [ -f "$data" ] || fail "--data $data is not a file"
+[ -z "$data" ] || [ "$(wc -c <"$data")" -ge 258 ] || fail "--data $data is too short: a window of text is 256 bytes and two more are needed"
 
 prepare_environment plot
 [ -z "$setup_only" ] || { echo "ready: $VENV"; exit 0; }

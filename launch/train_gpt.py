@@ -253,22 +253,27 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{key} must be at least 1, got {getattr(options, key)}")
     if options.width % options.heads:
         parser.error(f"--heads {options.heads} does not divide --width {options.width}")
-    if options.data is not None and not Path(options.data).is_file():
-        parser.error(f"--data {options.data} is not a file")
+    if options.data is not None:
+        if not Path(options.data).is_file():
+            parser.error(f"--data {options.data} is not a file")
+        if Path(options.data).stat().st_size < options.context + 2:
+            parser.error(f"--data {options.data} is too short: a window of --context {options.context} needs {options.context + 2} bytes")
     return options
 
 
 def main() -> None:
     options = parse()
     text = read_text(options.data)
-    if len(text) < options.context + 2:
-        raise SystemExit(f"{options.data} has {len(text)} bytes; a window of --context {options.context} needs {options.context + 2}")
     if "RANK" not in os.environ:
         raise SystemExit("start this with torchrun, e.g. torchrun --standalone --nproc_per_node 2 launch/train_gpt.py")
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
+    device, gpus = torch.device("cpu"), torch.cuda.device_count()
+    if gpus >= int(os.environ["LOCAL_WORLD_SIZE"]):  # NCCL wants a device for each process
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    elif gpus and os.environ["RANK"] == "0":
+        print(
+            f"{os.environ['LOCAL_WORLD_SIZE']} processes but {gpus} GPU(s) here: training on the CPU; --nproc {gpus} would use the GPU(s)"
+        )
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if dist.get_rank() == 0:
         model = GPT(layers=options.layers, width=options.width, heads=options.heads, context=options.context)

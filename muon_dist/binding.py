@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .polar.matrix_view import Matrix, matrices_of
-from .polar.newton_schulz import default_compute_dtype, dtype_named, flops
+from .polar.newton_schulz import default_compute_dtype, dtype_named, flops, workspace_bytes
 from .polar.polynomials import Coefficients, schedule_for
 from .routing import Route
 from .sharding.exchange import Exchange, route_bucket
@@ -81,9 +81,8 @@ class Domain:
     exchange: Exchange
     matrices: list[Matrix]  # parallel to plan.matrices
     owner_of_parameter: list[int] = field(default_factory=list)
-    whole_count: Tensor = field(
-        default_factory=lambda: torch.empty(0)
-    )  # per parameter: ranks that hold some of it, where pieces are held twice
+    # per parameter: the ranks that hold some of it, where a piece is held twice; else 0
+    whole_count: Tensor = field(default_factory=lambda: torch.empty(0))
     first_bucket: list[list[int]] = field(default_factory=list)  # parameters whose first matrix travels in a bucket
     last_bucket: list[list[int]] = field(default_factory=list)
 
@@ -191,7 +190,6 @@ def _make_domain(ranks: tuple[int, ...], members: list[BoundParameter], group: d
         b.position = position
         for k, matrix in enumerate(b.matrices):
             m, n = matrix.shape
-            size, small = b.compute_dtype.itemsize, min(m, n)
             tasks.append(
                 MatrixTask(
                     name=b.name if len(b.matrices) == 1 else f"{b.name}[{k}]",
@@ -199,7 +197,7 @@ def _make_domain(ranks: tuple[int, ...], members: list[BoundParameter], group: d
                     box=matrix.box,
                     shape=matrix.shape,
                     flops=flops(m, n, len(b.schedule)),
-                    workspace=size * (2 * m * n + 2 * small * small) + 4 * m * n,
+                    workspace=workspace_bytes(m, n, itemsize=b.compute_dtype.itemsize, in_place=b.compute_dtype == b.wire_dtype),
                     wire={torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}[b.wire_dtype],
                     wire_itemsize=b.wire_dtype.itemsize,
                     batch_key=(b.schedule, str(b.compute_dtype), b.group["eps"]),

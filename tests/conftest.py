@@ -15,7 +15,11 @@ ALLOWED_SKIPS: tuple[str, ...] = ()
 _unlisted: list[str] = []
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    pytest_runtest_logreport(report)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport | pytest.CollectReport) -> None:
     if report.skipped and isinstance(report.longrepr, tuple):
         reason = report.longrepr[2].removeprefix("Skipped: ")
         if not reason.startswith(ALLOWED_SKIPS or ("\0",)):

@@ -5,10 +5,12 @@ source "$(dirname "${BASH_SOURCE[0]}")/../launch/environment.sh"
 cd "$ROOT"
 
 prepare_environment test
-if [ "${1:-}" = "--setup-only" ]; then
-    echo "ready: $VENV"
-    exit 0
-fi
+for argument in "$@"; do
+    if [ "$argument" = "--setup-only" ]; then
+        echo "ready: $VENV"
+        exit 0
+    fi
+done
 export OMP_NUM_THREADS=1
 "$VENV/bin/python" -m ruff check .
 "$VENV/bin/python" -m mypy

@@ -26,16 +26,22 @@ from ..optimizer import MuonDist
 from ..polar.matrix_view import matrices_of
 from .peers import NaiveShardedMuon, TorchMuon
 
+# GPT-2 small, so that the benchmark runs from any directory: (768, 3072) and (3072, 768) MLPs, q, k, v and the output
+GPT2_SMALL_LAYER = ((768, 768),) * 4 + ((3072, 768), (768, 3072))
 
-def run(model: str, *, layers: int | None, ranks: list[int], pairs: int, threads: int | None, json_path: str | None) -> int:
-    if pairs < 1 or min(ranks) < 1:
-        raise ValueError(f"--pairs and --ranks must be at least 1, got {pairs} and {ranks}")
-    shapes = [
-        m.shape
-        for p in model_parameters(model)
-        if p.route.view is not None and (layers is None or _layer(p.name) < layers)
-        for m in matrices_of(p.shape, p.route.view, p.name)
-    ]
+
+def run(model: str | None, *, layers: int | None, ranks: list[int], pairs: int, threads: int | None, json_path: str | None) -> int:
+    if pairs < 1 or min(ranks) < 1 or (threads is not None and threads < 1) or (layers is not None and layers < 1):
+        raise ValueError(f"--pairs, --ranks, --threads and --layers must be at least 1, got {pairs}, {ranks}, {threads} and {layers}")
+    if model is None:
+        model, shapes = "GPT-2 small", list(GPT2_SMALL_LAYER * (layers or 12))
+    else:
+        shapes = [
+            m.shape
+            for p in model_parameters(model)
+            if p.route.view is not None and (layers is None or _layer(p.name) < layers)
+            for m in matrices_of(p.shape, p.route.view, p.name)
+        ]
     if not shapes:
         raise ValueError(f"{model} has no matrices for Muon in its first {layers} layers")
     cores = os.cpu_count() or 1
@@ -49,7 +55,7 @@ def run(model: str, *, layers: int | None, ranks: list[int], pairs: int, threads
             record: dict[str, Any] = torch.load(os.path.join(folder, "times"))
         ratios = [a / b for a, b in record["seconds"]]
         ours, theirs = (statistics.median(times) for times in zip(*record["seconds"], strict=True))
-        record.update(ranks=n, threads=per_rank, ratio=statistics.median(ratios))
+        record.update(ranks=n, threads=per_rank, ratio=statistics.median(ratios), median_seconds=[ours, theirs])
         records.append(record)
         spread = f"{min(ratios):.2f} … {max(ratios):.2f}"
         rows.append((n, record["peer"], f"{ours * 1e3:.0f} ms", f"{theirs * 1e3:.0f} ms", f"{record['ratio']:.2f}×", spread))
@@ -57,7 +63,10 @@ def run(model: str, *, layers: int | None, ranks: list[int], pairs: int, threads
     print()
     print(table(("ranks", "peer", "MuonDist", "peer's step", "ratio", "least … most"), rows, right=(0, 2, 3, 4, 5)))
     print("\nratio: MuonDist's time over the peer's, median of the pairs; below 1 MuonDist is faster.")
-    write_json(json_path, {"model": model, "layers": layers, "shapes": [list(s) for s in shapes], "pairs": pairs, "runs": records})
+    machine = {"torch": torch.__version__, "machine": platform.machine(), "cores": cores}
+    write_json(
+        json_path, {**machine, "model": model, "layers": layers, "shapes": [list(s) for s in shapes], "pairs": pairs, "runs": records}
+    )
     return 0
 
 

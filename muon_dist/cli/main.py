@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="paired measurements against peers")
     benches = bench.add_subparsers(dest="bench", required=True)
     step = benches.add_parser("step", help="the optimizer step against torch.optim.Muon and a naive sharded Muon")
-    step.add_argument("--model", default="configs/models/gpt2-small.json", help="a config whose matrices are timed (default GPT-2 small)")
+    step.add_argument("--model", help="a config whose matrices are timed (default: GPT-2 small's)")
     step.add_argument("--layers", type=int, default=2, help="only its first N layers (default 2)")
     step.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     step.add_argument("--pairs", type=int, default=7, help="paired repetitions (default 7)")
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         return _run(arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"muon-dist {arguments.command}: {error}", file=sys.stderr)
         return 2
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,8 @@ def _from_module(path: str) -> list[ModelParameter]:
     module_name, _, attribute = path.partition(":") if ":" in path else path.rpartition(".")
     if not module_name or not attribute:
         raise ValueError(f"{path!r} is neither a .json config nor a module path such as 'package.module:Class'")
+    if os.getcwd() not in sys.path:  # a user's own modules, as `python -m` finds them
+        sys.path.insert(0, os.getcwd())
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
@@ -113,8 +117,10 @@ def _from_module(path: str) -> list[ModelParameter]:
         with torch.device("meta"):
             config_class = getattr(factory, "config_class", None)  # Hugging Face models are built from their default config
             model = factory(config_class()) if config_class is not None else factory()
-    except TypeError as error:
-        raise ValueError(f"{path!r} can't be called without arguments: {error}. Point to a function that returns the model") from error
+    except Exception as error:  # whatever a user's module raises, it is about that module
+        raise ValueError(
+            f"{path!r} can't be called without arguments: {type(error).__name__}: {error}. Point to a function that returns the model"
+        ) from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{path!r} gives {type(model).__name__}, not a torch.nn.Module")
     routes = {route.name: route for route in MuonDist(build_param_groups(model)).routes}

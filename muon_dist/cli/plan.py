@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..polar.matrix_view import matrices_of
-from ..polar.newton_schulz import flops
+from ..polar.newton_schulz import flops, workspace_bytes
 from ..sharding.layout import Fragment, Placement, ShardLayout, fragment_numel
 from ..sharding.plan import MatrixTask, Plan, make_plan
 from .models import ModelParameter, model_parameters
@@ -76,6 +76,8 @@ def plan_model(
     """The plan of a job, with every rank's bytes of optimizer state for MuonDist and for AdamW alone."""
     if min(dp, tp) < 1 or zero not in (0, 1, 2, 3):
         raise ValueError(f"--dp and --tp must be at least 1 and --zero one of 0, 1, 2, 3; got {dp}, {tp}, {zero}")
+    if ns_steps < 1 or bucket_mb <= 0:
+        raise ValueError(f"--ns-steps must be at least 1 and --bucket-mb above 0; got {ns_steps} and {bucket_mb}")
     places = placements(parameters, dp, tp, zero)
     muon = [(p, place) for p, place in zip(parameters, places, strict=True) if p.route.view is not None]
     tasks = []
@@ -83,7 +85,6 @@ def plan_model(
         assert p.route.view is not None
         matrices = matrices_of(p.shape, p.route.view, p.name)
         for k, m in enumerate(matrices):
-            small = min(m.shape)
             tasks.append(
                 MatrixTask(
                     name=p.name if len(matrices) == 1 else f"{p.name}[{k}]",
@@ -91,7 +92,7 @@ def plan_model(
                     box=m.box,
                     shape=m.shape,
                     flops=flops(*m.shape, ns_steps),
-                    workspace=WIRE_BYTES * (2 * m.numel + 2 * small * small) + 4 * m.numel,
+                    workspace=workspace_bytes(*m.shape, itemsize=WIRE_BYTES, in_place=True),
                     wire="bf16",
                     wire_itemsize=WIRE_BYTES,
                 )
@@ -117,6 +118,8 @@ def plan_model(
 
 
 def run(config: str, *, dp: int, tp: int, zero: int, ns_steps: int, bucket_mb: float, tokens: int, json_path: str | None) -> int:
+    if tokens < 1:
+        raise ValueError(f"--tokens must be at least 1, got {tokens}")
     parameters = model_parameters(config)
     plan, state, adamw = plan_model(parameters, dp=dp, tp=tp, zero=zero, ns_steps=ns_steps, bucket_mb=bucket_mb)
     loads = plan.loads()
@@ -129,6 +132,7 @@ def run(config: str, *, dp: int, tp: int, zero: int, ns_steps: int, bucket_mb: f
         "tp": tp,
         "zero": zero,
         "ns_steps": ns_steps,
+        "bucket_mb": bucket_mb,
         "tokens_per_step": tokens,
         "parameters": numel,
         "ns_flops": total,
@@ -145,9 +149,10 @@ def run(config: str, *, dp: int, tp: int, zero: int, ns_steps: int, bucket_mb: f
                 "bytes_sent": load.bytes_sent,
                 "bytes_received": load.bytes_received,
                 "state_bytes": s,
+                "adamw_state_bytes": a,
                 "peak_bytes": load.peak_bytes,
             }
-            for load, s in zip(loads, state, strict=True)
+            for load, s, a in zip(loads, state, adamw, strict=True)
         ],
     }
 

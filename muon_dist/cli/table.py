@@ -28,6 +28,6 @@ def si(value: float, unit: str = "") -> str:
 
 
 def write_json(path: str | None, content: Any) -> None:
-    """Write what a command printed, so that others can check it."""
+    """Write what a command printed, and what it was computed from, so that others can check it."""
     if path is not None:
         Path(path).write_text(json.dumps(content, indent=1) + "\n")

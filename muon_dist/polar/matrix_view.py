@@ -42,14 +42,6 @@ class MatrixView:
             if not isinstance(self.split, int):
                 object.__setattr__(self, "split", sizes)
 
-    def describe(self) -> str:
-        words = [self.kind]
-        if self.split is not None:
-            words.append(f"split {self.split}" if isinstance(self.split, tuple) else f"split every {self.split}")
-        if self.transpose:
-            words.append("stored (in, out)")
-        return ", ".join(words)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix:

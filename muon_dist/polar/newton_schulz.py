@@ -50,6 +50,14 @@ def flops(rows: int, cols: int, steps: int) -> int:
     return steps * (4 * m * m * n + 2 * m**3)
 
 
+def workspace_bytes(rows: int, cols: int, *, itemsize: int, in_place: bool) -> int:
+    """Bytes that `orthogonalize_batch` needs for a rows × cols matrix beside its input: a second copy to work in turns, the
+    Gram matrix and its polynomial; and where the input is in another dtype than `itemsize` says, a normalised copy of it.
+    """
+    small = min(rows, cols)
+    return itemsize * (rows * cols * (1 if in_place else 2) + 2 * small * small)
+
+
 @torch.no_grad()
 def orthogonalize(
     x: Tensor,

@@ -1,7 +1,7 @@
 """The exchange: pieces travel to the owners, updates travel back. One all_to_all_single each way per bucket.
 
-`BucketRoute` is the plan as one rank sees it, worked out once. `Exchange` owns every buffer and every Work handle: a
-`Gather` or `Scatter` that was started must be finished, and finishing waits for its collective.
+`BucketRoute` is the plan as one rank sees it, worked out once. `Exchange` owns every buffer and every Work handle: what was
+started must be waited for.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ class Plan:
             for i in bucket:
                 task, owner = self.matrices[i], self.owners[i]
                 flops[owner] += task.flops
-                owned[b, owner] += 2 * task.wire_bytes
+                owned[b, owner] += task.wire_bytes
                 key = (owner, (task.shape, task.batch_key))
                 batches[key] = batches.get(key, 0) + task.workspace
                 held = _held_alone(self.pieces[i], n, memo)
