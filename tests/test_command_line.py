@@ -24,6 +24,21 @@ def test_doctor_takes_a_real_two_rank_step_and_finds_it_right() -> None:
     assert "torch 2." in result.stdout and "gloo" in result.stdout and result.stdout.rstrip().endswith(": ok")
 
 
+def test_doctor_fails_where_an_update_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    from muon_dist.cli import doctor
+
+    monkeypatch.setattr(doctor, "BOUND", dict.fromkeys(doctor.BOUND, -1.0))  # no update is that right
+    assert doctor.run() == 1 and "WRONG" in capsys.readouterr().out
+
+
+def test_inspect_finds_a_users_own_module(tmp_path: Path) -> None:
+    (tmp_path / "mymodel.py").write_text("import torch\nNet = lambda: torch.nn.Linear(4, 3)\nBroken = lambda: 1 / 0\n")
+    script = str(Path(sys.executable).with_name("muon-dist"))
+    for name, code, words in (("Net", 0, "3×4"), ("Broken", 2, "ZeroDivisionError")):
+        result = subprocess.run([script, "inspect", f"mymodel:{name}"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert result.returncode == code and words in result.stdout + result.stderr
+
+
 def test_inspect_tells_every_parameters_route_reason_view_and_scale(tmp_path: Path) -> None:
     result = command("inspect", "configs/models/gpt-5m.json", "--json", str(tmp_path / "inspect.json"))
     assert result.returncode == 0, result.stderr
@@ -35,7 +50,7 @@ def test_inspect_tells_every_parameters_route_reason_view_and_scale(tmp_path: Pa
     assert all(p["name"] in result.stdout and p["reason"] in result.stdout for p in written["parameters"])
 
 
-def test_the_config_of_the_quickstart_is_its_model(tmp_path: Path) -> None:
+def test_the_config_of_the_quickstart_is_its_model() -> None:
     sys.path.insert(0, str(ROOT / "launch"))
     try:
         from train_gpt import GPT
@@ -61,7 +76,7 @@ def test_plan_writes_what_it_prints(tmp_path: Path, config: str) -> None:
     assert result.returncode == 0, result.stderr
     plan = json.loads(out.read_text())
     assert set(plan["matrices"][0]) == {"name", "shape", "owner", "flops"}
-    assert set(plan["ranks"][0]) == {"flops", "bytes_sent", "bytes_received", "state_bytes", "peak_bytes"}
+    assert set(plan["ranks"][0]) >= {"flops", "bytes_sent", "bytes_received", "state_bytes", "peak_bytes"}
     assert len(plan["ranks"]) == 8
     assert sum(r["flops"] for r in plan["ranks"]) == sum(m["flops"] for m in plan["matrices"])
     assert f"imbalance {plan['imbalance']:.3f}" in result.stdout and plan["imbalance"] >= plan["imbalance_lower_bound"] >= 1
@@ -75,6 +90,9 @@ def test_plan_writes_what_it_prints(tmp_path: Path, config: str) -> None:
         (("inspect", "torch.nn:Linear"), "without arguments"),
         (("inspect", "Model"), "neither"),
         (("plan", "configs/models/llama-8b.json", "--dp", "0"), "at least 1"),
+        (("plan", "configs/models/llama-8b.json", "--tokens", "0"), "at least 1"),
+        (("plan", "configs/models/llama-8b.json", "--ns-steps", "0"), "at least 1"),
+        (("plan", "configs/models/gpt-5m.json", "--json", "/no/such/folder/plan.json"), "No such file"),
         (("plan", "no.json", "--zero", "1"), "can't read"),
         (("bench", "step", "--pairs", "0"), "at least 1"),
     ],
@@ -104,13 +122,13 @@ def quickstart(*arguments: str) -> subprocess.CompletedProcess:
 def test_the_quickstart_trains_and_draws(tmp_path: Path) -> None:
     data = tmp_path / "text"
     data.write_text("to be or not to be, that is the question\n" * 200)
-    result = quickstart("--steps", "2", "--data", str(data), "--nproc", "2", "--out", str(tmp_path / "out"))
+    result = quickstart("--steps", "2", "--data", str(data), "--nproc", "1", "--out", str(tmp_path / "out"))
     assert result.returncode == 0, result.stdout + result.stderr
     written = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(r["optimizer"], len(r["loss"])) for r in written["runs"]] == [("MuonDist", 2), ("AdamW", 2)]
-    assert written["world_size"] == 2 and written["runs"][0]["skipped_steps"] == 0
-    # half of the 4.7 M matrix parameters' momentum and of the rest's two moments, in fp32
-    assert written["runs"][0]["state_bytes_per_rank"] < 0.6 * written["runs"][1]["state_bytes_per_rank"]
+    assert written["world_size"] == 1 and written["runs"][0]["skipped_steps"] == 0
+    # one momentum for 4.7 M elements in matrices, two moments for 0.2 M in the rest, against two moments for all
+    assert written["runs"][0]["state_bytes_per_rank"] < 0.53 * written["runs"][1]["state_bytes_per_rank"]
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "MuonDist  step    2/2" in result.stdout and "optimizer share" in result.stdout
 
@@ -122,6 +140,7 @@ def test_the_quickstart_trains_and_draws(tmp_path: Path) -> None:
         (("--steps", "many"), "positive number"),
         (("--nproc", "0"), "positive number"),
         (("--data", "/no/such/file"), "is not a file"),
+        (("--data", ".gitignore"), "too short"),
         (("--speed", "9"), "unknown option"),
     ],
 )

@@ -1,5 +1,6 @@
 """What torch itself offers around an optimizer, in real process groups: supported or refused, nothing in between."""
 
+import pickle
 import time
 
 import pytest
@@ -231,6 +232,80 @@ def two_meshes() -> tuple[int, float]:
 
 def test_a_bad_gradient_in_one_domain_skips_the_step_in_all() -> None:
     assert [skipped for skipped, _ in run_ranks(4, two_meshes)] == [1] * 4
+
+
+def beyond_process_group() -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    alone = [dist.new_group([0]), dist.new_group([1])][dist.get_rank()]
+    p = nn.Parameter(DTensor.from_local(torch.ones(2, 6), mesh, [Shard(0)], run_check=False))
+    try:
+        MuonDist([("dense", p)], process_group=alone).bind()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_parameters_beyond_the_process_group_are_refused() -> None:
+    assert all("dense" in error and "beyond process_group" in error for error in run_ranks(2, beyond_process_group))
+
+
+def copied_away() -> list[str]:
+    """Momentum that lives elsewhere, a process group and layouts don't survive a copy: using the copy says so."""
+    errors = []
+    model = models.make_bank([(6, 5), (5, 6)], torch.float32)
+    optimizer = MuonDist(model.named_parameters())
+    model(0).backward()
+    optimizer.step()
+    state = pickle.dumps(optimizer)
+    everyone = [None, None]
+    dist.all_gather_object(everyone, state)
+    for pickled in (everyone[0], pickle.dumps(MuonDist(model.named_parameters(), process_group=dist.group.WORLD))):
+        copy = pickle.loads(pickled)
+        try:
+            copy.bind()  # both ranks took rank 0's half of the momentum
+        except ValueError as error:
+            errors.append(str(error))
+    return errors
+
+
+def test_a_copy_that_lacks_state_or_its_group_says_so() -> None:
+    for errors in run_ranks(2, copied_away):
+        assert "lives with no rank" in errors[0] and "process_group or layouts" in errors[1]
+
+
+def replicas_in_unlike_memory() -> bool:
+    """Consolidated momentum is the same values on ranks that store the parameter in unlike memory layouts."""
+    value = torch.arange(24.0).view(4, 6).sin()
+    p = nn.Parameter(value.clone() if dist.get_rank() == 0 else value.T.contiguous().T)
+    q = nn.Parameter(value.clone() if dist.get_rank() == 1 else value.T.contiguous().T)
+    optimizer = MuonDist([("p", p), ("q", q)], lr=0.1)
+    for x in (p, q):
+        x.grad = torch.arange(24.0).view(4, 6).cos()
+    optimizer.step()
+    optimizer.consolidate()
+    return all(torch.allclose(optimizer.state[x]["momentum_buffer"], 0.05 * torch.arange(24.0).view(4, 6).cos()) for x in (p, q))
+
+
+def test_consolidated_momentum_does_not_depend_on_memory_layout() -> None:
+    assert all(run_ranks(2, replicas_in_unlike_memory))
+
+
+def frozen_replicas_save() -> int:
+    model = models.make_bank([(6, 5), (5, 6)], torch.float32)
+    optimizer = MuonDist(model.named_parameters(), lr=0.1)
+    model(0).backward()
+    optimizer.step()
+    model.layers[0].weight.requires_grad_(False)
+    model.layers[0].weight.grad = None
+    frozen = model.layers[0].weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(frozen, model.layers[0].weight)
+    optimizer.consolidate()
+    return sum(1 for entry in optimizer.state_dict()["state"].values() if entry.get("momentum_buffer", torch.zeros(1)).any())
+
+
+def test_parameters_frozen_in_mid_training_can_still_be_saved() -> None:
+    assert run_ranks(2, frozen_replicas_save) == [2, 2]
 
 
 def replicated_dtensors() -> bool:

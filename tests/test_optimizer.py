@@ -9,6 +9,7 @@ import torch.optim._muon
 from torch import nn
 
 from muon_dist import MuonDist, build_param_groups
+from muon_dist.polar.polynomials import schedule_for
 
 from . import models
 from .reference import ReferenceMuon, orthogonalize
@@ -151,6 +152,99 @@ def test_parameters_of_any_layout_in_memory_are_updated_in_place(dtype: torch.dt
     assert not torch.equal(straight, decayed)
 
 
+def test_adamw_takes_any_layout_in_memory_too() -> None:
+    """torch's fused AdamW walks memory on a CPU: gradients and loaded state in another layout must be brought into the parameter's."""
+    ends = []
+    for turned in (True, False):
+        base = torch.randn(9, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        p = nn.Parameter(base.T if turned else base.T.contiguous())
+        saved = None
+        for part in range(2):
+            optimizer = MuonDist([{"params": [p], "algorithm": "adamw"}], lr=0.1)
+            if saved is not None:
+                optimizer.load_state_dict(saved)
+            for seed in (2, 3):
+                p.grad = torch.randn(6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 5 * part))
+                optimizer.step()
+            saved = optimizer.state_dict()
+            for entry in saved["state"].values():
+                entry.update({k: v.contiguous() for k, v in entry.items()})
+        ends.append(p.detach().clone())
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "polynomial", ["polar_express", "cans", "deepseek_v4", (2, -1.5, 0.5), [(3.4445, -4.7750, 2.0315), (2, -1.5, 0.5)]]
+)
+def test_every_polynomial_is_the_one_that_runs(polynomial: object) -> None:
+    p = one()
+    reference = ReferenceMuon({"w": p.detach()}, {"w": [6]}, lr=1.0, schedule=list(schedule_for(polynomial, 5)))
+    optimizer = muon(p, lr=1.0, polynomial=polynomial)
+    p.grad = torch.randn_like(p)
+    reference.step({"w": p.grad})
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), reference.parameters["w"], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("eps", "share"), [(1e-20, 1.0), (1e3, None), (0.0, 1.0)])
+def test_eps_guards_only_against_zero(eps: float, share: float | None) -> None:
+    p, exact = one(), one()
+    for tensor, value in ((p, eps), (exact, 1e-20)):
+        tensor.grad = torch.ones_like(tensor) + torch.arange(9)
+        muon(tensor, lr=1.0, weight_decay=0.0, eps=value).step()
+    assert torch.equal(p, exact) == (share == 1.0)
+    still = one(dtype=torch.float32)
+    still.grad = torch.zeros_like(still)
+    before = still.detach().clone()
+    muon(still, lr=1.0, weight_decay=0.0, eps=eps).step()
+    assert torch.equal(still, before)
+
+
+def test_parameters_that_thaw_go_where_they_would_have_gone() -> None:
+    embedding, matrix = nn.Parameter(torch.ones(8, 4), requires_grad=False), nn.Parameter(torch.ones(4, 4), requires_grad=False)
+    kernel = nn.Parameter(torch.ones(4, 3, 2, 2), requires_grad=False)
+    named = [("wte.weight", embedding), ("block.weight", matrix), ("conv.weight", kernel), ("bias", nn.Parameter(torch.ones(3)))]
+    optimizer = MuonDist(named)
+    assert [r.algorithm for r in optimizer.routes if r.name != "bias"] == ["frozen"] * 3
+    for _, p in named:
+        p.requires_grad_(True)
+    found = {r.name: (r.algorithm, r.view and r.view.kind) for r in optimizer.routes}
+    assert (
+        found["wte.weight"] == ("adamw", None) and found["block.weight"] == ("muon", "matrix") and found["conv.weight"] == ("muon", "conv")
+    )
+
+
+def test_state_dict_hooks_see_what_is_saved_and_loaded() -> None:
+    p = one()
+    optimizer = muon(p)
+    seen = []
+    optimizer.register_state_dict_post_hook(lambda _, state: seen.append(state["state"][0]["momentum_buffer"].shape))
+    saved = optimizer.state_dict()
+    assert seen == [p.shape]
+    saved["param_groups"][0]["maximize"] = True  # refused, unless a hook takes it out
+    with pytest.raises(ValueError, match="maximize"):
+        optimizer.load_state_dict(saved)
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: state["param_groups"][0].pop("maximize", None) and None)
+    optimizer.load_state_dict(saved)
+
+
+def test_replacing_a_group_takes_effect() -> None:
+    p = one()
+    optimizer = muon(p, lr=1.0)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.param_groups[0] = {**optimizer.param_groups[0], "lr": 0.0}
+    before = p.detach().clone()
+    optimizer.step()
+    assert torch.equal(p, before)
+
+
+def test_a_tensor_learning_rate_belongs_to_one_group() -> None:
+    optimizer = MuonDist(models.make_bank([(6, 5)], torch.float64).named_parameters(), lr=torch.tensor(0.1))
+    torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda _: 0.5, lambda _: 0.25])
+    assert [float(g["lr"]) for g in optimizer.param_groups] == pytest.approx([0.05, 0.025])
+
+
 def test_decay_of_half_precision_parameters_is_not_rounded_away() -> None:
     p = nn.Parameter(torch.full((4, 4), 1.0, dtype=torch.bfloat16))
     p.grad = torch.zeros_like(p)
@@ -172,7 +266,8 @@ def test_closures_schedulers_hooks_pickles_and_copies() -> None:
         loss.backward()
         return loss
 
-    assert optimizer.step(closure) == model(0).detach() or calls == ["before", "after"]
+    expected = model(0).item()
+    assert optimizer.step(closure).item() == expected and calls == ["before", "after"]
     scheduler.step()
     assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.005]
     for twin in (pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)):
@@ -193,6 +288,10 @@ def test_one_cycle_moves_both_learning_rates(cycle_momentum: bool) -> None:
         optimizer.step()
         scheduler.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(10 * optimizer.param_groups[1]["lr"])
+    assert (optimizer.param_groups[0]["momentum"] != 0.95) == cycle_momentum
+    fresh = MuonDist(models.make_bank([(6, 5)], torch.float64).named_parameters(), lr=0.1)
+    fresh.load_state_dict(optimizer.state_dict())
+    assert [g["lr"] for g in fresh.param_groups] == [g["lr"] for g in optimizer.param_groups]
 
 
 def test_frozen_parameters_have_no_state_until_they_are_trainable() -> None:
@@ -262,6 +361,9 @@ def test_invalid_hyperparameters_raise(options: dict, words: str) -> None:
     ("params", "words"),
     [
         ([], "no parameters"),
+        ({nn.Parameter(torch.zeros(3))}, "set"),
+        ([{"params": {nn.Parameter(torch.zeros(3))}}], "set"),
+        ([{"params": []}], "empty"),
         (torch.zeros(3), "single tensor"),
         ([{"algorithm": "muon"}], "'params'"),
         ([{"params": [nn.Parameter(torch.zeros(2, 2))], "algorithm": "muon", "betas": (0.9, 0.99)}], "does not take \\['betas'\\]"),

@@ -15,6 +15,8 @@ from muon_dist.sharding.exchange import route_bucket
 from muon_dist.sharding.layout import Placement, ShardLayout, box_numel, fragment_numel, whole
 from muon_dist.sharding.plan import FLOPS_PER_BYTE, MatrixTask, Plan, make_plan
 
+from .ranks import run_ranks
+
 
 def task(parameter: int, shape: tuple[int, int], name: str = "w", rows: tuple[int, int] | None = None) -> MatrixTask:
     m, n = shape
@@ -207,3 +209,49 @@ def test_replicated_parameters_have_one_owner_each() -> None:
     plan = make_plan([place], tasks, n_ranks=3, bucket_bytes=2**20)
     assert len(set(plan.owners)) == 1 and not plan.gathers(0) and plan.scatters(0)
     assert sum(box_numel(piece.box) for pieces in plan.pieces for piece in pieces) == 48
+
+
+def bound_gpt(zero: int) -> tuple[list[int], list[tuple[int, int]]]:
+    """The quickstart's model bound for real, as replicas or under FSDP2, with bf16 on the wire as the command assumes."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from muon_dist import MuonDist, build_param_groups
+
+    model = torch.nn.Module()
+    for p in model_parameters("configs/models/gpt-5m.json"):
+        at = model
+        *path, last = p.name.split(".")
+        for part in path:
+            at = getattr(at, part, None) or at.register_module(part, torch.nn.Module()) or getattr(at, part)
+        at.register_parameter(last, torch.nn.Parameter(torch.zeros(p.shape)))
+    if zero == 3:
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = MuonDist(build_param_groups(model, split={"qkv": (256, 256, 256)}), wire_dtype="bf16", compute_dtype="bf16")
+    optimizer.bind()
+    plan = optimizer._domains[0].plan
+    owned = [sum(t.flops for t, o in zip(plan.matrices, plan.owners, strict=True) if o == r) for r in range(2)]
+    return owned, [(load.bytes_sent, load.bytes_received) for load in plan.loads()]
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_the_command_plans_what_the_optimizer_does(zero: int) -> None:
+    plan, state, adamw = plan_model(model_parameters("configs/models/gpt-5m.json"), dp=2, tp=1, zero=zero, ns_steps=5, bucket_mb=64)
+    loads = plan.loads()
+    for flops, traffic in run_ranks(2, bound_gpt, zero):
+        assert flops == [load.flops for load in loads]
+        assert traffic == [(load.bytes_sent, load.bytes_received) for load in loads]
+    if zero == 3:
+        muon = sum(t.numel for t in plan.matrices)
+        elements = sum(math.prod(p.shape) for p in model_parameters("configs/models/gpt-5m.json"))
+        assert state == [4 * muon // 2 + 8 * (elements - muon) // 2] * 2 and adamw == [8 * elements // 2] * 2
+
+
+def test_the_peak_counts_buffers_matrices_and_workspace() -> None:
+    """One 8 × 4 matrix in two halves, owned by rank 0, with a workspace of 1,000 bytes."""
+    place = rows(8, 4, 2)
+    work = task(0, (8, 4))
+    plan = make_plan([place], [MatrixTask(**{**vars(work), "workspace": 1000})], n_ranks=2, bucket_bytes=2**20)
+    owner, other = plan.owners[0], 1 - plan.owners[0]
+    assert plan.loads()[owner].peak_bytes == 8 * 4 * 4 + 1000 + 64  # the matrix, the workspace, half of it in a wire buffer
+    assert plan.loads()[other].peak_bytes == 64

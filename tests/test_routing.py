@@ -46,13 +46,25 @@ def test_every_trainable_parameter_has_a_route_and_a_reason() -> None:
 def test_names_alone_tell_embeddings_heads_and_layers_apart() -> None:
     optimizer = MuonDist(
         [(name, nn.Parameter(torch.zeros(shape))) for name, shape in {
-            "wte.weight": (50, 8), "model.embed_tokens.weight": (50, 8), "lm_head.weight": (50, 8), "output.weight": (50, 8),
+            "wte.weight": (50, 8), "bert.token_type_embeddings.weight": (2, 8), "shared.weight": (50, 8), "positional_embedding": (9, 8),
+            "embed_in.weight": (50, 8),
+            "token_emb.weight": (50, 8), "cls_token": (1, 1, 8), "patch_embed.proj.weight": (8, 3, 2, 2),
+            "time_embedding.linear.weight": (8, 8),
+            "model.embed_tokens.weight": (50, 8), "lm_head.weight": (50, 8), "output.weight": (50, 8),
             "layers.0.attention.output.weight": (8, 8), "embedder.proj.weight": (8, 8), "norm.weight": (8,),
             "stem.conv.weight": (8, 3, 2), "experts.w1": (3, 8, 5), "patch.weight": (8, 3, 2, 2),
         }.items()]
     )  # fmt: skip
     found = {route.name: route.algorithm for route in optimizer.routes}
-    adamw = {"wte.weight", "model.embed_tokens.weight", "lm_head.weight", "output.weight", "norm.weight"}
+    adamw = {
+        "bert.token_type_embeddings.weight",
+        "shared.weight",
+        "positional_embedding",
+        "embed_in.weight",
+        "token_emb.weight",
+        "cls_token",
+    }
+    adamw |= {"wte.weight", "model.embed_tokens.weight", "lm_head.weight", "output.weight", "norm.weight"}
     assert {name for name, algorithm in found.items() if algorithm == "adamw"} == adamw
     views = {route.name: route.view.kind for route in optimizer.routes if route.view}
     assert views["stem.conv.weight"] == views["patch.weight"] == "conv" and views["experts.w1"] == "matrix"
@@ -122,3 +134,8 @@ def test_tied_heads_are_embeddings() -> None:
 def test_groups_go_into_the_optimizer_with_their_options() -> None:
     optimizer = MuonDist(build_param_groups(Model(), split={"qkv.weight": 8}, weight_decay=0.3), lr=0.1, adam_lr=0.2, muon_lr=0.4)
     assert {(g["algorithm"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups} == {("muon", 0.4, 0.3), ("adamw", 0.2, 0.3)}
+
+
+def test_transposed_convolutions_go_to_adamw_and_say_why() -> None:
+    (group,) = build_param_groups(nn.ConvTranspose2d(3, 4, 2, bias=False))
+    assert group["algorithm"] == "adamw" and "transposed convolution" in group["reasons"][0]

@@ -75,6 +75,20 @@ def test_evenly_sharded_traffic_is_the_closed_form(world: int) -> None:
         assert rank["imbalance"] == (1.0, 1.0)
 
 
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_fsdp2_state_is_the_shards_of_each_rank(world: int) -> None:
+    for rank, result in enumerate(run_ranks(world, one_step, "fsdp2", models.ODD, 64)):
+
+        def rows(m: int, rank: int = rank) -> int:
+            chunk = -(-m // world)
+            return max(0, min(m - rank * chunk, chunk))
+
+        assert result["state"] == {
+            "momentum_buffer": sum(rows(m) * n for m, n in models.ODD),
+            "exp_avg": sum(rows(m) for m, _ in models.ODD),
+        }
+
+
 @pytest.mark.parametrize(("placement", "world"), [("replicas", 3), ("fsdp2", 4)])
 def test_momentum_takes_its_share_of_memory_and_every_rank_has_every_key(placement: str, world: int) -> None:
     ranks = run_ranks(world, one_step, placement, models.ODD, 64)
@@ -215,3 +229,37 @@ def test_nonfinite_raise_raises_on_every_rank_and_names_the_parameter_where_it_i
     ranks = run_ranks(2, nonfinite_on_one_rank, "fsdp2", float("nan"), "raise")
     assert "another rank" in ranks[0]["error"] and "layers.0.weight" in ranks[1]["error"]
     assert all(rank["same"] and rank["moved"] for rank in ranks)
+
+
+def torn_replicas(missing_on: int, name: str) -> dict:
+    """A gradient that only some replicas have: they would drift apart if each went on with what it has."""
+    torch.manual_seed(0)
+    parameters = {
+        "w0": torch.nn.Parameter(torch.randn(4, 6)),
+        "w1": torch.nn.Parameter(torch.randn(6, 4)),
+        "b": torch.nn.Parameter(torch.randn(5)),
+    }
+    results = []
+    for mode in ("skip", "raise"):
+        optimizer = MuonDist(parameters.items(), lr=0.1, nonfinite=mode)
+        for p in parameters.values():
+            p.grad = torch.ones_like(p)
+        if dist.get_rank() == missing_on:
+            parameters[name].grad = None
+        before = {n: p.detach().clone() for n, p in parameters.items()}
+        try:
+            optimizer.step()
+            error = ""
+        except ValueError as e:
+            error = str(e)
+        same = all(torch.equal(before[n], p) for n, p in parameters.items())
+        results.append((same, optimizer.skipped_steps, error))
+    return results
+
+
+@pytest.mark.parametrize("name", ["w0", "w1", "b"])
+@pytest.mark.parametrize("missing_on", [0, 1])
+def test_a_gradient_that_only_some_replicas_have_skips_the_step_on_all(missing_on: int, name: str) -> None:
+    for skipping, raising in run_ranks(2, torn_replicas, missing_on, name):
+        assert skipping == (True, 1, "")
+        assert raising[0] and "only some replicas have it" in raising[2]
