@@ -371,7 +371,7 @@ def wait_in_time(work: dist.Work | None, ranks: Sequence[int]) -> None:
     except RuntimeError as error:
         raise RuntimeError(
             f"not all of the ranks {list(ranks)} came to bind the optimizer within {TIMEOUT.seconds} s: check that all of them "
-            "build it with the same parameters and process_group, and take the same steps"
+            "build it with the same parameters, take the same steps, and that process_group names them if others don't take part"
         ) from error
 
 

@@ -57,7 +57,8 @@ class MuonDist(torch.optim.Optimizer):
         process_group: the ranks that step together: plain tensors are replicas over them, and one bad gradient skips the step on
             all of them. None: all ranks.
         layouts: name -> `ShardLayout` for fragments whose place their tensors don't tell.
-        bucket_mb: MiB on the wire that an owner receives in one bucket, a single larger matrix excepted.
+        bucket_mb: MiB on the wire that an owner gathers in one bucket, a single larger matrix excepted. Updates of plain replicas
+            go to every rank, so those receive as much from each owner.
         eps: smallest Frobenius norm that a matrix is divided by; guards only against zero.
         nonfinite: what a NaN or infinity in any rank's gradient does: "skip" the step on all ranks, state included, counted
             in `skipped_steps`; or "raise" on all of them (costs a wait for the device).
@@ -320,11 +321,12 @@ class MuonDist(torch.optim.Optimizer):
 
         Parameters that have a gradient here share one tensor, since for them only the first question is open.
         """
-        flags: list[Tensor] = []  # per domain: [not finite, has a gradient …]
+        flags: list[Tensor] = []  # per domain: [ranks whose gradients are not finite, ranks that have a gradient …]
+        present: set[BoundParameter] = set()
         for domain in self._domains:
             # an empty shard has no say in whether there is a gradient
-            present = [bool(b.placement.fragments[domain.me]) and grads[b] is not None for b in domain.parameters]
-            flag = torch.tensor([0, *present], dtype=torch.int32, device=domain.device)
+            present.update(b for b in domain.parameters if b.placement.fragments[domain.me] and grads[b] is not None)
+            flag = torch.tensor([0, *(b in present for b in domain.parameters)], dtype=torch.int32, device=domain.device)
             own = [g for b in domain.parameters if (g := grads[b]) is not None and g.numel()]
             if own:
                 largest = torch.stack([n.to(domain.device, torch.float64) for n in torch._foreach_norm(own, float("inf"))])
@@ -335,11 +337,9 @@ class MuonDist(torch.optim.Optimizer):
                 torn = (flag[1:] > 0) & (flag[1:] < domain.whole_count)
                 flag[0] += torn.any()
             flags.append(flag)
-        bad = (
-            (torch.stack([flag[0].to(flags[0].device) for flag in flags]) > 0).any().to(torch.int32)
-            if flags
-            else torch.zeros((), dtype=torch.int32)
-        )
+        bad = torch.zeros((), dtype=torch.int32, device=flags[0].device if flags else None)
+        for flag in flags:
+            bad |= (flag[0] > 0).to(bad.device)
         if self._flag_group is not None:
             dist.all_reduce(bad, dist.ReduceOp.MAX, group=self._flag_group)
         if self._nonfinite == "raise" and bad.item():
@@ -354,7 +354,7 @@ class MuonDist(torch.optim.Optimizer):
         for domain, flag in zip(self._domains, flags, strict=True):
             for k, b in enumerate(domain.parameters):
                 here_too = finite[b.local.device]
-                go[b] = here_too if grads[b] is not None else here_too & (flag[1 + k].to(here_too.device) > 0)
+                go[b] = here_too if b in present else here_too & (flag[1 + k].to(here_too.device) > 0)
         return go
 
     def _momentum(
@@ -404,11 +404,10 @@ class MuonDist(torch.optim.Optimizer):
 
     def _adamw(self, grads: dict[BoundParameter, Tensor | None], go: dict[BoundParameter, Tensor]) -> None:
         for domain in self._domains:
-            together: dict[int, list[BoundParameter]] = {}
+            together: dict[tuple[int, int], list[BoundParameter]] = {}
             for b in domain.parameters:
                 if not b.muon:  # empty shards too: their step count is saved by whichever rank writes it
-                    # one that has no gradient here may have one elsewhere: only its own flag tells
-                    together.setdefault(id(b.group) if grads[b] is not None else -1 - b.position, []).append(b)
+                    together.setdefault((id(b.group), id(go[b])), []).append(b)
             for members in together.values():
                 adamw_step(members, [self.state[b.parameter] for b in members], grads, go[members[0]])
 

@@ -263,3 +263,20 @@ def test_a_gradient_that_only_some_replicas_have_skips_the_step_on_all(missing_o
     for skipping, raising in run_ranks(2, torn_replicas, missing_on, name):
         assert skipping == (True, 1, "")
         assert raising[0] and "only some replicas have it" in raising[2]
+
+
+def missing_where_it_is_held() -> list[float]:
+    """One row over two ranks: the rank that holds it has no gradient, the other has an empty one."""
+    model = models.place(models.make_bank([(1, 5), (4, 4)], torch.float32), "fsdp2")
+    optimizer = MuonDist(model.named_parameters(), lr=0.1)
+    for seed in (0, 1):
+        models.backward(model, seed, "fsdp2")
+        bias = model.layers[0].bias
+        if seed and dist.get_rank() == 0:
+            bias.grad = None
+        optimizer.step()
+    return [float(optimizer.state[p]["step"]) for p in (bias, model.layers[1].bias)]
+
+
+def test_an_empty_shard_has_no_say_in_whether_there_is_a_gradient() -> None:
+    assert run_ranks(2, missing_where_it_is_held) == [[1.0, 2.0], [1.0, 2.0]]
