@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .agreement import agree_on_gradients
 from .binding import BoundParameter, Domain, all_gather_rows, bind_domains, local_tensor, wait_in_time
 from .elementwise import adamw_step, decay, local_gradient, momentum_forms
 from .groups import GROUP_KEYS, check_group, group_routes, read_groups, translate_state_groups
@@ -317,31 +318,7 @@ class MuonDist(torch.optim.Optimizer):
         return loss
 
     def _agree_on_gradients(self, grads: dict[BoundParameter, Tensor | None]) -> dict[BoundParameter, Tensor]:
-        """Whether each parameter's step happens, as a 0-d bool where it is stored: all gradients are finite, some rank has its own.
-
-        Parameters that have a gradient here share one tensor, since for them only the first question is open.
-        """
-        flags: list[Tensor] = []  # per domain: [ranks whose gradients are not finite, ranks that have a gradient …]
-        present: set[BoundParameter] = set()
-        for domain in self._domains:
-            # an empty shard has no say in whether there is a gradient
-            present.update(b for b in domain.parameters if b.placement.fragments[domain.me] and grads[b] is not None)
-            flag = torch.tensor([0, *(b in present for b in domain.parameters)], dtype=torch.int32, device=domain.device)
-            own = [g for b in domain.parameters if (g := grads[b]) is not None and g.numel()]
-            if own:
-                largest = torch.stack([n.to(domain.device, torch.float64) for n in torch._foreach_norm(own, float("inf"))])
-                flag[0] = ~largest.isfinite().all()
-            if domain.process_group is not None:
-                dist.all_reduce(flag, dist.ReduceOp.SUM, group=domain.process_group)
-                # equal pieces with and without a gradient would drift apart: as bad as a gradient that is not finite
-                torn = (flag[1:] > 0) & (flag[1:] < domain.whole_count)
-                flag[0] += torn.any()
-            flags.append(flag)
-        bad = torch.zeros((), dtype=torch.int32, device=flags[0].device if flags else None)
-        for flag in flags:
-            bad |= (flag[0] > 0).to(bad.device)
-        if self._flag_group is not None:
-            dist.all_reduce(bad, dist.ReduceOp.MAX, group=self._flag_group)
+        go, bad = agree_on_gradients(self._domains, grads, self._flag_group)
         if self._nonfinite == "raise" and bad.item():
             here = [b.name or str(b.placement.shape) for b, g in grads.items() if g is not None and not g.isfinite().all()]
             raise ValueError(
@@ -349,12 +326,6 @@ class MuonDist(torch.optim.Optimizer):
                 "Lower the learning rate or the loss scale, or construct with nonfinite='skip' to leave such steps out"
             )
         self._skipped = bad.to(torch.int64) if self._skipped is None else self._skipped + bad
-        go: dict[BoundParameter, Tensor] = {}
-        finite = {device: bad.to(device) == 0 for device in {b.local.device for b in grads}}
-        for domain, flag in zip(self._domains, flags, strict=True):
-            for k, b in enumerate(domain.parameters):
-                here_too = finite[b.local.device]
-                go[b] = here_too if b in present else here_too & (flag[1 + k].to(here_too.device) > 0)
         return go
 
     def _momentum(

@@ -93,10 +93,15 @@ def backward(model: nn.Module, seed: int, placement: str) -> None:
         seed = seed * 10 + rank
     model(seed).backward()
     if placement == "mixed":
-        for p in model.parameters():
-            if not isinstance(p, DTensor):
-                dist.all_reduce(p.grad)
-                p.grad /= dist.get_world_size()
+        average_replicas(model)
+
+
+def average_replicas(model: nn.Module) -> None:
+    """What DDP does for plain parameters that no wrapper looks after."""
+    for p in model.parameters():
+        if not isinstance(p, DTensor):
+            dist.all_reduce(p.grad)
+            p.grad /= dist.get_world_size()
 
 
 def muon_names(parameters: dict[str, Tensor]) -> dict[str, list[int]]:

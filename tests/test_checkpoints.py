@@ -33,10 +33,7 @@ def train(model: torch.nn.Module, optimizer: MuonDist, placement: str, seeds: ra
         model.zero_grad()
         model(seed).backward()
         if placement == "mixed":
-            for p in model.parameters():
-                if not isinstance(p, DTensor):
-                    dist.all_reduce(p.grad)
-                    p.grad /= dist.get_world_size()
+            models.average_replicas(model)
         optimizer.step()
 
 
