@@ -7,7 +7,7 @@ each domain's plan, and compares it among the ranks, with a timeout: a differenc
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -188,22 +188,10 @@ def _make_domain(ranks: tuple[int, ...], members: list[BoundParameter], group: d
     matrices: list[Matrix] = []
     for position, b in enumerate(members):
         b.position = position
-        for k, matrix in enumerate(b.matrices):
-            m, n = matrix.shape
-            tasks.append(
-                MatrixTask(
-                    name=b.name if len(b.matrices) == 1 else f"{b.name}[{k}]",
-                    parameter=position,
-                    box=matrix.box,
-                    shape=matrix.shape,
-                    flops=flops(m, n, len(b.schedule)),
-                    workspace=workspace_bytes(m, n, itemsize=b.compute_dtype.itemsize, in_place=b.compute_dtype == b.wire_dtype),
-                    wire={torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}[b.wire_dtype],
-                    wire_itemsize=b.wire_dtype.itemsize,
-                    batch_key=(b.schedule, str(b.compute_dtype), b.group["eps"]),
-                )
-            )
-            matrices.append(matrix)
+        if b.matrices:
+            key = (b.schedule, str(b.compute_dtype), b.group["eps"])
+            tasks += matrix_tasks(b.name, position, b.matrices, len(b.schedule), b.compute_dtype, b.wire_dtype, batch_key=key)
+            matrices += b.matrices
     plan = make_plan([b.placement for b in members], tasks, n_ranks=len(ranks), bucket_bytes=bucket_bytes)
     me = ranks.index(dist.get_rank()) if len(ranks) > 1 else 0
 
@@ -236,6 +224,33 @@ def _make_domain(ranks: tuple[int, ...], members: list[BoundParameter], group: d
     domain.first_bucket = [sorted(set(ps) - {q for earlier in meets[:k] for q in earlier}) for k, ps in enumerate(meets)]
     domain.last_bucket = [sorted(set(ps) - {q for later in meets[k + 1 :] for q in later}) for k, ps in enumerate(meets)]
     return domain
+
+
+def matrix_tasks(
+    name: str,
+    parameter: int,
+    matrices: Sequence[Matrix],
+    steps: int,
+    compute_dtype: torch.dtype,
+    wire_dtype: torch.dtype,
+    *,
+    batch_key: Hashable = None,
+) -> list[MatrixTask]:
+    """What the plan knows of a parameter's matrices: their boxes, and what `steps` Newton–Schulz steps on each cost."""
+    return [
+        MatrixTask(
+            name=name if len(matrices) == 1 else f"{name}[{k}]",
+            parameter=parameter,
+            box=matrix.box,
+            shape=matrix.shape,
+            flops=flops(*matrix.shape, steps),
+            workspace=workspace_bytes(*matrix.shape, itemsize=compute_dtype.itemsize, in_place=compute_dtype == wire_dtype),
+            wire={torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}[wire_dtype],
+            wire_itemsize=wire_dtype.itemsize,
+            batch_key=batch_key,
+        )
+        for k, matrix in enumerate(matrices)
+    ]
 
 
 def _replica_count(placement: Placement) -> int:

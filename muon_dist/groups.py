@@ -87,13 +87,9 @@ def _read_group(group: Mapping[str, Any], defaults: Mapping[str, Any], layouts: 
         route = route_parameter(name, p, algorithm=algorithm, shape=shape)
         if route.view is not None:
             asked = {key: options[key] for key in ("kind", "split", "transpose") if options.get(key) is not None}
-            route = Route(
-                name=name,
-                algorithm="muon",
-                reason=route.reason,
-                view=MatrixView(**{"kind": route.view.kind, "split": None, "transpose": False, **_plain(asked)}),
-            )
-            matrices_of(shape, route.view or MatrixView(), name or "a parameter")
+            view = MatrixView(**{"kind": route.view.kind, **_plain(asked)})
+            matrices_of(shape, view, name or "a parameter")  # sizes that don't add up are said here
+            route = Route(name=name, algorithm="muon", reason=route.reason, view=view)
         part = parts.setdefault((route.algorithm, route.view), {"params": [], "reasons": []})
         part["params"].append((name, p) if name else p)
         part["reasons"].append(reasons[k] if reasons else route.reason)

@@ -30,7 +30,7 @@ from .polar.scaling import update_scale
 from .routing import Route
 from .sharding.exchange import Leg, Traffic
 from .sharding.layout import ShardLayout
-from .sharding.state import complete_replicas, elsewhere, fit_state, is_elsewhere, is_unset, unset
+from .sharding.state import complete_replicas, elsewhere, fit_state, is_absent, is_elsewhere, is_unset, unset
 
 # A change of these in a group changes the plan or what owners compute, so the next step binds again.
 REBIND_KEYS = ("ns_steps", "polynomial", "eps", "compute_dtype", "wire_dtype", "kind", "split", "transpose")
@@ -231,7 +231,7 @@ class MuonDist(torch.optim.Optimizer):
     def _allocate_state(self, domain: Domain, bound: BoundParameter) -> None:
         p, state = bound.parameter, self.state[bound.parameter]
         for key in ("momentum_buffer",) if bound.muon else ("exp_avg", "exp_avg_sq"):
-            if not is_unset(state[key]) and not is_elsewhere(state[key]):
+            if not is_absent(state[key]):
                 state[key] = fit_state(state[key], p, bound.placement.fragments[domain.me], bound.name)
             elif bound.muon and not domain.owns(bound):
                 state[key] = elsewhere()
@@ -248,7 +248,7 @@ class MuonDist(torch.optim.Optimizer):
             return
         values = [self.state[b.parameter]["momentum_buffer"] for b in replicated]
         lost = torch.tensor([is_elsewhere(v) for v in values])
-        has = torch.tensor([not (is_unset(v) or is_elsewhere(v)) for v in values])
+        has = torch.tensor([not is_absent(v) for v in values])
         everyone = all_gather_rows(torch.cat([has, lost]).to(torch.int64), domain)
         owners = [domain.owner_of(b) for b in replicated]
         complete = complete_replicas(

@@ -6,15 +6,15 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 
+from ..binding import matrix_tasks
 from ..polar.matrix_view import matrices_of
-from ..polar.newton_schulz import flops, workspace_bytes
 from ..sharding.layout import Fragment, Placement, ShardLayout, fragment_numel
 from ..sharding.plan import MatrixTask, Plan, make_plan
 from .models import ModelParameter, model_parameters
 from .table import si, table, write_json
 
-WIRE_BYTES = 2  # bf16
 STATE_BYTES = 4  # fp32, per element of momentum or of one of AdamW's two moments
 
 
@@ -80,23 +80,11 @@ def plan_model(
         raise ValueError(f"--ns-steps must be at least 1 and --bucket-mb above 0; got {ns_steps} and {bucket_mb}")
     places = placements(parameters, dp, tp, zero)
     muon = [(p, place) for p, place in zip(parameters, places, strict=True) if p.route.view is not None]
-    tasks = []
+    tasks: list[MatrixTask] = []
     for position, (p, _) in enumerate(muon):
         assert p.route.view is not None
         matrices = matrices_of(p.shape, p.route.view, p.name)
-        for k, m in enumerate(matrices):
-            tasks.append(
-                MatrixTask(
-                    name=p.name if len(matrices) == 1 else f"{p.name}[{k}]",
-                    parameter=position,
-                    box=m.box,
-                    shape=m.shape,
-                    flops=flops(*m.shape, ns_steps),
-                    workspace=workspace_bytes(*m.shape, itemsize=WIRE_BYTES, in_place=True),
-                    wire="bf16",
-                    wire_itemsize=WIRE_BYTES,
-                )
-            )
+        tasks += matrix_tasks(p.name, position, matrices, ns_steps, torch.bfloat16, torch.bfloat16)
     plan = make_plan([place for _, place in muon], tasks, n_ranks=dp * tp, bucket_bytes=int(bucket_mb * 2**20))
     first_owner = {task.parameter: owner for task, owner in zip(plan.matrices, plan.owners, strict=True)}
     positions = {p.name: k for k, (p, _) in enumerate(muon)}

@@ -35,6 +35,11 @@ def is_elsewhere(value: object) -> bool:
     return isinstance(value, Tensor) and tuple(value.shape) == _ELSEWHERE
 
 
+def is_absent(value: object) -> bool:
+    """Whether a state entry holds no values on this rank."""
+    return is_unset(value) or is_elsewhere(value)
+
+
 def fit_state(value: Tensor, parameter: Tensor, fragment: Fragment, name: str) -> Tensor:
     """State as a parameter needs it: as it is where the shapes agree, or this rank's fragment of a whole, plain tensor.
 
@@ -93,7 +98,7 @@ def complete_replicas(
             continue
         if not needs(i, holders):
             continue
-        absent = is_unset(value) or is_elsewhere(value)
+        absent = is_absent(value)
         # contiguous on the way: memory layouts may differ between ranks, and a broadcast moves raw memory
         moved = torch.empty(like[i].shape, dtype=like[i].dtype, device=like[i].device) if absent else value.contiguous()
         dist.broadcast(moved, src=ranks[int(holders.to(torch.int64).argmax())], group=group)
