@@ -2,8 +2,10 @@
 
 from .optimizer import MuonDist
 from .polar.newton_schulz import orthogonalize
+from .polar.polynomials import Schedule
 from .routing import build_param_groups
 from .sharding.layout import ShardLayout
+from .spectrum.controller import choose_schedule
 from .version import __version__
 
-__all__ = ["MuonDist", "ShardLayout", "__version__", "build_param_groups", "orthogonalize"]
+__all__ = ["MuonDist", "Schedule", "ShardLayout", "__version__", "build_param_groups", "choose_schedule", "orthogonalize"]

@@ -12,16 +12,19 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .adaptation import Adaptation, attach_controllers
+from .groups import fixed_schedule
 from .polar.matrix_view import Matrix, matrices_of
 from .polar.newton_schulz import default_compute_dtype, dtype_named, flops, workspace_bytes
-from .polar.polynomials import Coefficients, schedule_for
+from .polar.polynomials import Schedule
 from .routing import Route
-from .sharding.exchange import Exchange, route_bucket
+from .sharding.exchange import BucketRoute, Exchange, route_bucket
 from .sharding.layout import (
     Fragment,
     Placement,
@@ -31,7 +34,8 @@ from .sharding.layout import (
     fragment_numel,
     whole,
 )
-from .sharding.plan import MatrixTask, Plan, make_plan
+from .sharding.plan import EVEN_ENOUGH, MatrixTask, Plan, make_plan
+from .spectrum.controller import Controller
 
 TIMEOUT = timedelta(seconds=60)  # how long a rank waits for the others at binding, before it says that they don't agree
 
@@ -55,7 +59,8 @@ class BoundParameter:
     known_group: dist.ProcessGroup | None = None
     position: int = -1  # in its domain
     matrices: tuple[Matrix, ...] = ()
-    schedule: tuple[Coefficients, ...] = ()
+    fixed: Schedule | None = None  # of all its matrices, where step counts don't adapt
+    controllers: list[Controller] = field(default_factory=list)  # one per matrix, where they do
     compute_dtype: torch.dtype = torch.float32
     wire_dtype: torch.dtype = torch.float32
 
@@ -66,6 +71,17 @@ class BoundParameter:
     @property
     def local(self) -> Tensor:
         return local_tensor(self.parameter.detach())
+
+    @property
+    def schedules(self) -> list[Schedule]:
+        """Each matrix's schedule, as it stands."""
+        return [c.schedule for c in self.controllers] if self.fixed is None else [self.fixed] * len(self.matrices)
+
+    def compute_dtype_for(self, schedule: Schedule) -> torch.dtype:
+        """What a matrix is computed in: as asked, or by the schedule's reach on an accelerator."""
+        if self.group["compute_dtype"] is not None or self.compute_dtype != torch.bfloat16:
+            return self.compute_dtype
+        return default_compute_dtype(self.device, self.local.dtype, schedule)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -85,6 +101,10 @@ class Domain:
     whole_count: Tensor = field(default_factory=lambda: torch.empty(0))
     first_bucket: list[list[int]] = field(default_factory=list)  # parameters whose first matrix travels in a bucket
     last_bucket: list[list[int]] = field(default_factory=list)
+    adaptation: Adaptation = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.adaptation = Adaptation(self)
 
     def owns(self, bound: BoundParameter) -> bool:
         """Whether this rank keeps the momentum of a parameter: its owner does where replicas could, every holder elsewhere."""
@@ -95,6 +115,10 @@ class Domain:
     def reading(self, tensors: Mapping[BoundParameter, Tensor]) -> Callable[[int], Tensor]:
         """Look tensors up by a parameter's position, as the exchange knows it."""
         return lambda position: tensors[self.parameters[position]]
+
+    def regroup(self) -> None:
+        """Put this rank's matrices into batches by their schedules as they stand. What travels stays as it is."""
+        self.exchange.routes = _routes(self.plan, self.parameters, self.me)
 
     def owner_of(self, bound: BoundParameter) -> int:
         """The rank that owns a parameter's first matrix (all of them, if it is replicated); rank 0 for an empty one."""
@@ -108,13 +132,15 @@ def bind_domains(
     layouts: Mapping[str, ShardLayout],
     bucket_bytes: int,
     groups: dict[tuple[int, ...], dist.ProcessGroup],
+    state: Mapping[Tensor, dict[str, Tensor]],
 ) -> list[Domain]:
     """The domains of the trainable parameters, in an order equal on all ranks. Collective.
 
-    `groups` keeps the process groups made here, so that binding again makes none twice.
+    `groups` keeps the process groups made here, so that binding again makes none twice. Of `state` only "spectrum" is touched.
     """
     explicit = _exchange_layouts(entries, process_group, layouts, groups)
     bound = [_bind_parameter(*entry, process_group, explicit.get(entry[0])) for entry in entries]
+    attach_controllers(bound, state)
     by_ranks: dict[tuple[int, ...], list[BoundParameter]] = {}
     for b in bound:
         by_ranks.setdefault(b.ranks, []).append(b)
@@ -168,7 +194,7 @@ def _bind_parameter(
     if bound.muon:
         assert route.view is not None  # a route to Muon has a view
         bound.matrices = matrices_of(shape, route.view, name)
-        bound.schedule = schedule_for(group["polynomial"], group["ns_steps"])
+        bound.fixed = fixed_schedule(group)
         compute = dtype_named(group["compute_dtype"], "compute_dtype") or default_compute_dtype(device, local.dtype)
         # fp16 can't carry momentum of any size, only what has been normalised
         wire = dtype_named(group["wire_dtype"], "wire_dtype") or (torch.float32 if compute == torch.float16 else compute)
@@ -189,23 +215,16 @@ def _make_domain(ranks: tuple[int, ...], members: list[BoundParameter], group: d
     for position, b in enumerate(members):
         b.position = position
         if b.matrices:
-            key = (b.schedule, str(b.compute_dtype), b.group["eps"])
-            tasks += matrix_tasks(b.name, position, b.matrices, len(b.schedule), b.compute_dtype, b.wire_dtype, batch_key=key)
+            key = (b.fixed or "adaptive", str(b.compute_dtype), b.group["compute_dtype"] is None, b.group["eps"])
+            tasks += matrix_tasks(b.name, position, b.matrices, b.schedules, b.compute_dtype, b.wire_dtype, batch_key=key)
             matrices += b.matrices
     plan = make_plan([b.placement for b in members], tasks, n_ranks=len(ranks), bucket_bytes=bucket_bytes)
     me = ranks.index(dist.get_rank()) if len(ranks) > 1 else 0
-
-    def stored_as_box(position: int) -> bool:
-        b = members[position]
-        fragment = b.placement.fragments[me]
-        return len(fragment) == 1 and box_shape(fragment[0]) == tuple(b.local.shape)
-
     for b in members:
-        if b.matrices and not stored_as_box(b.position) and not b.local.is_contiguous():
+        if b.matrices and not _stored_as_box(b, me) and not b.local.is_contiguous():
             raise ValueError(
                 f"{b.name} is stored as a flat fragment that is not contiguous; make it contiguous before it reaches the optimizer"
             )
-    routes = [route_bucket(plan, bucket, me, stored_as_box) for bucket in range(len(plan.buckets))]
     device = next(iter(devices))
     domain = Domain(
         ranks=ranks,
@@ -214,7 +233,7 @@ def _make_domain(ranks: tuple[int, ...], members: list[BoundParameter], group: d
         device=device,
         parameters=members,
         plan=plan,
-        exchange=Exchange(routes, group=group, device=device),
+        exchange=Exchange(_routes(plan, members, me), group=group, device=device),
         matrices=matrices,
     )
     owners = dict(zip([t.parameter for t in reversed(tasks)], reversed(plan.owners), strict=True))
@@ -226,30 +245,65 @@ def _make_domain(ranks: tuple[int, ...], members: list[BoundParameter], group: d
     return domain
 
 
+def rebalanced(domain: Domain, bucket_bytes: int) -> Domain | None:
+    """The domain with owners chosen for its schedules as they stand, where that relieves the busiest one; else None. Collective.
+
+    Every rank decides alike, since all have the same schedules; the plans are compared nevertheless.
+    """
+    schedules = [s for b in domain.parameters for s in b.schedules]
+    work = [flops(*t.shape, len(s), deflation=s.deflation) for t, s in zip(domain.plan.matrices, schedules, strict=True)]
+    busiest = np.bincount(domain.plan.owners, work, domain.plan.n_ranks).max(initial=0.0)
+    if busiest * domain.plan.n_ranks <= EVEN_ENOUGH * sum(work):
+        return None
+    better = _make_domain(domain.ranks, domain.parameters, domain.process_group, bucket_bytes)
+    if better.plan.imbalance() * sum(work) * EVEN_ENOUGH > busiest * domain.plan.n_ranks:
+        return None
+    digest = torch.tensor(list(bytes.fromhex(better.plan.digest())), dtype=torch.int64)
+    digests = all_gather_rows(digest, better)
+    if (digests != digests[0]).any():
+        raise ValueError(f"the ranks {list(domain.ranks)} don't agree on new owners: their measured step counts differ")
+    return better
+
+
+def _stored_as_box(bound: BoundParameter, me: int) -> bool:
+    fragment = bound.placement.fragments[me]
+    return len(fragment) == 1 and box_shape(fragment[0]) == tuple(bound.local.shape)
+
+
+def _routes(plan: Plan, members: Sequence[BoundParameter], me: int) -> tuple[BucketRoute, ...]:
+    schedules = [s for b in members for s in b.schedules]
+    keys = [(task.batch_key, schedule) for task, schedule in zip(plan.matrices, schedules, strict=True)]
+    return tuple(
+        route_bucket(plan, bucket, me, lambda position: _stored_as_box(members[position], me), keys) for bucket in range(len(plan.buckets))
+    )
+
+
 def matrix_tasks(
     name: str,
     parameter: int,
     matrices: Sequence[Matrix],
-    steps: int,
+    schedules: Sequence[Schedule],
     compute_dtype: torch.dtype,
     wire_dtype: torch.dtype,
     *,
     batch_key: Hashable = None,
 ) -> list[MatrixTask]:
-    """What the plan knows of a parameter's matrices: their boxes, and what `steps` Newton–Schulz steps on each cost."""
+    """What the plan knows of a parameter's matrices: their boxes, and what each one's schedule costs."""
     return [
         MatrixTask(
             name=name if len(matrices) == 1 else f"{name}[{k}]",
             parameter=parameter,
             box=matrix.box,
             shape=matrix.shape,
-            flops=flops(*matrix.shape, steps),
-            workspace=workspace_bytes(*matrix.shape, itemsize=compute_dtype.itemsize, in_place=compute_dtype == wire_dtype),
+            flops=flops(*matrix.shape, len(schedule), deflation=schedule.deflation),
+            workspace=workspace_bytes(
+                *matrix.shape, itemsize=compute_dtype.itemsize, in_place=compute_dtype == wire_dtype, deflation=schedule.deflation
+            ),
             wire={torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}[wire_dtype],
             wire_itemsize=wire_dtype.itemsize,
             batch_key=batch_key,
         )
-        for k, matrix in enumerate(matrices)
+        for k, (matrix, schedule) in enumerate(zip(matrices, schedules, strict=True))
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,15 +13,20 @@ from torch import Tensor
 
 from .polar.matrix_view import MatrixView, matrices_of
 from .polar.newton_schulz import dtype_named
-from .polar.polynomials import JORDAN, schedule_for
+from .polar.polynomials import JORDAN, Schedule, schedule_for
 from .polar.scaling import update_scale
 from .routing import ALGORITHMS, Route, refuse_flattened, route_parameter
 from .sharding.layout import ShardLayout
+from .spectrum.controller import Policy
 
 # Keys that describe a group itself; a loaded state dict never changes them.
 STRUCTURE = frozenset({"params", "param_names", "name", "algorithm", "reasons", "kind", "split", "transpose"})
+# What only ns_steps="adaptive" takes; None stands for the default of `Policy`.
+POLICY_KEYS = frozenset({"coverage", "tol", "min_ns_steps", "max_ns_steps", "measure_every", "burn_in", "noise_floor"})
 MUON_KEYS = frozenset(
-    {"lr", "weight_decay", "momentum", "nesterov", "ns_steps", "polynomial", "adjust_lr_fn", "compute_dtype", "wire_dtype", "eps"}
+    {"lr", "weight_decay", "momentum", "nesterov", "ns_steps", "polynomial", "deflation", "adjust_lr_fn", "compute_dtype", "wire_dtype"}
+    | {"eps"}
+    | POLICY_KEYS
 )
 ADAMW_KEYS = frozenset({"lr", "weight_decay", "betas", "eps"})
 GROUP_KEYS = {"muon": STRUCTURE | MUON_KEYS, "adamw": STRUCTURE - {"kind", "split", "transpose"} | ADAMW_KEYS}
@@ -168,13 +174,40 @@ def check_group(group: Mapping[str, Any]) -> None:
     number("momentum", 0, 1)
     if not isinstance(group["nesterov"], bool):
         raise ValueError(f"nesterov must be True or False, got {group['nesterov']!r}")
-    if group["ns_steps"] == "adaptive":
-        raise ValueError("ns_steps='adaptive' is not available yet: give a fixed number of steps, such as 5")
-    schedule_for(group["polynomial"], group["ns_steps"])
+    if policy_of(group) is None:
+        fixed_schedule(group)
     update_scale(group["adjust_lr_fn"], 1, 1)
     dtype_named(group["compute_dtype"], "compute_dtype")
     if dtype_named(group["wire_dtype"], "wire_dtype") == torch.float16:
         raise ValueError("wire_dtype can't be fp16: momentum of any size travels, and fp16 can't hold it. Use bf16 or fp32")
+
+
+def policy_of(group: Mapping[str, Any]) -> Policy | None:
+    """What a Muon group asked of adaptive step counts; None where its steps are fixed.
+
+    Raises:
+        ValueError: a value outside its range, or one that only adaptive step counts take beside fixed ones.
+    """
+    given = {key: group[key] for key in sorted(POLICY_KEYS) if group.get(key) is not None}
+    if group["ns_steps"] != "adaptive":
+        if given:
+            raise ValueError(
+                f"{', '.join(given)} only work with ns_steps='adaptive', but ns_steps is {group['ns_steps']!r}: give one or the other"
+            )
+        return None
+    if "noise_floor" in given:
+        given["floor"] = given.pop("noise_floor")
+    if group["polynomial"] is not None:
+        given["polynomial"] = group["polynomial"]
+    return Policy(**given, deflation=group["deflation"])
+
+
+def fixed_schedule(group: Mapping[str, Any]) -> Schedule | None:
+    """The schedule of a group whose steps are fixed; None where they adapt."""
+    if group["ns_steps"] == "adaptive":
+        return None
+    schedule = schedule_for("jordan" if group["polynomial"] is None else group["polynomial"], group["ns_steps"])
+    return dataclasses.replace(schedule, deflation=group["deflation"])
 
 
 def translate_state_groups(state_dict: Mapping[str, Any], current: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -203,6 +236,10 @@ def translate_state_groups(state_dict: Mapping[str, Any], current: Sequence[Mapp
                 raise ValueError(f"group {k} was saved with {key}=True, which MuonDist does not have")
         for key in ("foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"):
             saved.pop(key, None)
+        if (
+            own["algorithm"] == "muon" and saved.get("ns_steps", own["ns_steps"]) != "adaptive"
+        ):  # what only adaptive steps take was saved, or isn't there
+            own = {**own, **dict.fromkeys(POLICY_KEYS & set(own))}
         structure = {key: own[key] for key in STRUCTURE - {"params"} if key in own}
         groups.append({**own, **saved, **structure, "params": saved["params"]})
     return {**state_dict, "param_groups": groups}

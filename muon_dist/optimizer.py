@@ -12,28 +12,44 @@ A step, on every rank:
 
 from __future__ import annotations
 
+import math
+import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .adaptation import blank_rows
 from .agreement import agree_on_gradients
-from .binding import BoundParameter, Domain, all_gather_rows, bind_domains, local_tensor, wait_in_time
+from .binding import BoundParameter, Domain, all_gather_rows, bind_domains, local_tensor, rebalanced, wait_in_time
 from .elementwise import adamw_step, decay, local_gradient, momentum_forms
-from .groups import GROUP_KEYS, check_group, group_routes, read_groups, translate_state_groups
-from .polar.newton_schulz import orthogonalize_batch
-from .polar.polynomials import Polynomial
+from .groups import GROUP_KEYS, POLICY_KEYS, check_group, group_routes, policy_of, read_groups, translate_state_groups
+from .polar.matrix_view import matrices_of
+from .polar.newton_schulz import moment_count, orthogonalize_batch
+from .polar.polynomials import Polynomial, Schedule
 from .polar.scaling import update_scale
 from .routing import Route
 from .sharding.exchange import Leg, Traffic
 from .sharding.layout import ShardLayout
 from .sharding.state import complete_replicas, elsewhere, fit_state, is_absent, is_elsewhere, is_unset, unset
+from .telemetry import Telemetry
 
 # A change of these in a group changes the plan or what owners compute, so the next step binds again.
-REBIND_KEYS = ("ns_steps", "polynomial", "eps", "compute_dtype", "wire_dtype", "kind", "split", "transpose")
+REBIND_KEYS = (
+    "ns_steps",
+    "polynomial",
+    "deflation",
+    "eps",
+    "compute_dtype",
+    "wire_dtype",
+    "kind",
+    "split",
+    "transpose",
+    *sorted(POLICY_KEYS),
+)
 
 
 class MuonDist(torch.optim.Optimizer):
@@ -47,8 +63,16 @@ class MuonDist(torch.optim.Optimizer):
         lr: learning rate of both kinds of group; `muon_lr` and `adam_lr` override it for one.
         weight_decay: decoupled, by the unadjusted learning rate; `adam_weight_decay` overrides it for AdamW.
         momentum, nesterov: as in `torch.optim.Muon`: buf.lerp_(g, 1 − momentum); the update is of g.lerp(buf, momentum).
-        ns_steps: Newton–Schulz steps.
-        polynomial: "jordan", "polar_express", "cans", "deepseek_v4", one (a, b, c) repeated, or one (a, b, c) per step.
+        ns_steps: Newton–Schulz steps: a number, or "adaptive": every matrix gets as many as its measured spectrum needs.
+        polynomial: "jordan", "polar_express", "cans", "deepseek_v4", "minimax", one (a, b, c) repeated, or one (a, b, c) per step;
+            None: "jordan" for a fixed number of steps, "minimax" for adaptive ones (which take these two only).
+        deflation: dominant directions that are taken out of every matrix and set to 1 by themselves, so that the others are iterated
+            at their own scale: fewer steps for the cost of 16·deflation·m·n operations.
+        coverage, tol, noise_floor: for adaptive steps: bring this share (.9) of a matrix's directions above the noise floor (1e-4·‖M‖_F)
+            to within tol (.3) of 1.
+        min_ns_steps, max_ns_steps: for adaptive steps: their bounds (2 and 12). A rare measurement of the noise floor takes 6.
+        measure_every, burn_in: for adaptive steps: steps between two measurements of a matrix (50), and before the first (50); until
+            then scaling laws predict what it needs.
         adjust_lr_fn: "match_rms_adamw" (0.2·√max(rows, cols)), "original" or None (√max(1, rows/cols)), "spectral"
             (√(rows/cols)) or "none".
         adam_betas, adam_eps: AdamW's.
@@ -61,6 +85,8 @@ class MuonDist(torch.optim.Optimizer):
         bucket_mb: MiB on the wire that an owner gathers in one bucket, a single larger matrix excepted. Updates of plain replicas
             go to every rank, so those receive as much from each owner.
         eps: smallest Frobenius norm that a matrix is divided by; guards only against zero.
+        telemetry_dir: where what is measured goes, as lines of JSON (`muon-dist spectrum DIR` shows them); needs adaptive steps.
+        telemetry_sinks: besides, "tensorboard" and "wandb".
         nonfinite: what a NaN or infinity in any rank's gradient does: "skip" the step on all ranks, state included, counted
             in `skipped_steps`; or "raise" on all of them (costs a wait for the device).
 
@@ -76,7 +102,7 @@ class MuonDist(torch.optim.Optimizer):
         momentum: float = 0.95,
         nesterov: bool = True,
         ns_steps: int | str = 5,
-        polynomial: Polynomial = "jordan",
+        polynomial: Polynomial | None = None,
         adjust_lr_fn: str | None = "match_rms_adamw",
         *,
         muon_lr: float | None = None,
@@ -91,6 +117,16 @@ class MuonDist(torch.optim.Optimizer):
         bucket_mb: float = 64,
         eps: float = 1e-20,
         nonfinite: str = "skip",
+        deflation: int = 0,
+        coverage: float | None = None,
+        tol: float | None = None,
+        min_ns_steps: int | None = None,
+        max_ns_steps: int | None = None,
+        measure_every: int | None = None,
+        burn_in: int | None = None,
+        noise_floor: float | None = None,
+        telemetry_dir: str | os.PathLike[str] | None = None,
+        telemetry_sinks: Sequence[str] = (),
     ) -> None:
         if nonfinite not in ("skip", "raise"):
             raise ValueError(f"nonfinite={nonfinite!r}: choose 'skip' or 'raise'")
@@ -117,13 +153,26 @@ class MuonDist(torch.optim.Optimizer):
             "compute_dtype": compute_dtype,
             "wire_dtype": wire_dtype,
             "eps": eps,
+            "deflation": deflation,
+            "coverage": coverage,
+            "tol": tol,
+            "min_ns_steps": min_ns_steps,
+            "max_ns_steps": max_ns_steps,
+            "measure_every": measure_every,
+            "burn_in": burn_in,
+            "noise_floor": noise_floor,
         }
+        if telemetry_dir is None and telemetry_sinks:
+            raise ValueError(f"telemetry_sinks={list(telemetry_sinks)} needs a telemetry_dir as well")
+        self._telemetry = None if telemetry_dir is None else Telemetry(telemetry_dir, telemetry_sinks)
         self._bucket_bytes = int(bucket_mb * 2**20)
         self._nonfinite = nonfinite
         self._start_unbound(process_group, dict(layouts or {}))
         self._reading = False  # the constructor's groups are read as a whole, later ones as they come
         super().__init__(read_groups(params, defaults, self._layouts), defaults)
         self._reading = True
+        if self._telemetry is not None and all(group.get("ns_steps") != "adaptive" for group in self.param_groups):
+            raise ValueError("telemetry reports what adaptive step counts measure, but no group has ns_steps='adaptive'")
 
     def _start_unbound(self, process_group: dist.ProcessGroup | None, layouts: dict[str, ShardLayout]) -> None:
         self._process_group = process_group
@@ -146,19 +195,32 @@ class MuonDist(torch.optim.Optimizer):
             added = self.param_groups[-1]
             for key in set(added) & set(self.defaults) - GROUP_KEYS[added["algorithm"]]:  # the base class fills in every default
                 del added[key]
-            for p in added["params"]:
+            for route, p in group_routes(added):
                 if p.requires_grad:
-                    self._declare_state(p, added["algorithm"])
+                    self._declare_state(route, p, added)
 
-    def _declare_state(self, p: Tensor, algorithm: str) -> None:
+    def _declare_state(self, route: Route, p: Tensor, group: Mapping[str, Any]) -> None:
         """Give a parameter its state entry. Keys are equal on all ranks from the start; memory comes when layouts are known."""
-        for key in ("momentum_buffer",) if algorithm == "muon" else ("step", "exp_avg", "exp_avg_sq"):
+        for key in ("momentum_buffer",) if group["algorithm"] == "muon" else ("step", "exp_avg", "exp_avg_sq"):
             self.state[p].setdefault(key, unset())
+        if group["algorithm"] == "muon" and policy_of(group) is not None and "spectrum" not in self.state[p]:
+            shape = self._layouts[route.name].global_shape if route.name in self._layouts else tuple(p.shape)
+            assert route.view is not None  # a route to Muon has a view
+            self.state[p]["spectrum"] = blank_rows(len(matrices_of(shape, route.view, route.name)))
 
     @property
     def routes(self) -> list[Route]:
         """Every parameter's route, with the reason, in the order of the groups."""
         return [route for group in self.param_groups for route, _ in group_routes(group)]
+
+    @property
+    def schedules(self) -> dict[str, tuple[tuple[int, int], Schedule]]:
+        """Every matrix of this rank's domains, by name: its shape and the schedule that it gets now. Empty before the first step."""
+        return {
+            task.name or str(i): (task.shape, schedule)
+            for domain in self._domains
+            for i, (task, schedule) in enumerate(zip(domain.plan.matrices, domain.adaptation.schedules, strict=True))
+        }
 
     @property
     def skipped_steps(self) -> int:
@@ -186,6 +248,7 @@ class MuonDist(torch.optim.Optimizer):
             raise ValueError(
                 "this optimizer had a process_group or layouts, which don't survive pickling or copying: build a new one and load its state"
             )
+        self._collect_measurements()
         for group in self.param_groups:
             check_group(group)
         named = [(route, p, group) for group in self.param_groups for route, p in group_routes(group)]
@@ -200,11 +263,12 @@ class MuonDist(torch.optim.Optimizer):
             layouts=self._layouts,
             bucket_bytes=self._bucket_bytes,
             groups=self._groups,
+            state=self.state,
         )
         self._flag_group = self._agree_on_flag_group()
         for domain in self._domains:
             for bound in domain.parameters:
-                self._declare_state(bound.parameter, bound.group["algorithm"])
+                self._declare_state(bound.route, bound.parameter, bound.group)
             self._complete_replicas(domain, everywhere=False)
             for bound in domain.parameters:
                 self._allocate_state(domain, bound)
@@ -285,6 +349,7 @@ class MuonDist(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.bind()
+        self._adapt()
         if self._has_copies:
             self._drop_copies()
         grads = {b: local_gradient(b) for domain in self._domains for b in domain.parameters}
@@ -315,7 +380,29 @@ class MuonDist(torch.optim.Optimizer):
             returning = (domain, scattered)
         if returning is not None:
             self._apply(returning[0], returning[1].wait())
+        for domain in self._domains:
+            domain.adaptation.end_step()
         return loss
+
+    def _adapt(self) -> None:
+        """Let measured spectra take effect, and choose owners anew where step counts have moved the balance."""
+        for k, domain in enumerate(self._domains):
+            if decided := domain.adaptation.begin_step():
+                domain.regroup()
+                if self._telemetry is not None:
+                    params = sum(math.prod(b.placement.shape) for d in self._domains for b in d.parameters)
+                    self._telemetry.write(domain.adaptation, decided, params)
+            if domain.adaptation.is_time_for_new_owners() and (better := rebalanced(domain, self._bucket_bytes)) is not None:
+                self._domains[k] = better
+                self._complete_replicas(better, everywhere=False)
+                for bound in better.parameters:
+                    self._allocate_state(better, bound)
+                self._has_copies = True
+
+    def _collect_measurements(self) -> None:
+        """Bring measurements that are under way into the state."""
+        for domain in self._domains:
+            domain.adaptation.collect()
 
     def _agree_on_gradients(self, grads: dict[BoundParameter, Tensor | None]) -> dict[BoundParameter, Tensor]:
         go, bad = agree_on_gradients(self._domains, grads, self._flag_group)
@@ -354,11 +441,34 @@ class MuonDist(torch.optim.Optimizer):
         """The updates of this rank's matrices, batch by batch; zeros where a parameter's step doesn't happen."""
         updates = []
         for indices, batch in zip(domain.exchange.routes[bucket].batches, batches, strict=True):
-            bounds = [domain.parameters[domain.plan.matrices[i].parameter] for i in indices]
-            first = bounds[0]
-            keep = torch.stack([go[b] for b in bounds]).to(domain.device)
-            updates.append(orthogonalize_batch(batch, first.schedule, compute_dtype=first.compute_dtype, eps=first.group["eps"], keep=keep))
+            keep = torch.stack([go[domain.parameters[domain.plan.matrices[i].parameter]] for i in indices]).to(domain.device)
+            by_schedule: dict[Schedule, list[int]] = {}  # one, unless a measurement of the noise floor takes more steps
+            for k, i in enumerate(indices):
+                by_schedule.setdefault(domain.adaptation.schedule_now(i), []).append(k)
+            if len(by_schedule) == 1:
+                updates.append(self._orthogonalize_alike(domain, indices, batch, keep))
+                continue
+            update = torch.empty_like(batch)
+            for places in by_schedule.values():
+                update[places] = self._orthogonalize_alike(domain, [indices[k] for k in places], batch[places], keep[places]).to(
+                    batch.dtype
+                )
+            updates.append(update)
         return updates
+
+    @staticmethod
+    def _orthogonalize_alike(domain: Domain, indices: Sequence[int], batch: Tensor, keep: Tensor) -> Tensor:
+        """The polar factors of matrices of one shape and schedule; records the moments of those that are measured."""
+        first, adaptation = domain.parameters[domain.plan.matrices[indices[0]].parameter], domain.adaptation
+        schedule = adaptation.schedule_now(indices[0])
+        measured = [k for k, i in enumerate(indices) if i in adaptation.measuring]
+        moments = batch.new_empty(len(indices), moment_count(len(schedule)), dtype=torch.float64) if measured else None
+        compute = first.compute_dtype_for(schedule)
+        result = orthogonalize_batch(batch, schedule, compute_dtype=compute, eps=first.group["eps"], keep=keep, moments=moments)
+        for k in measured:
+            assert moments is not None
+            adaptation.record(indices[k], moments[k])
+        return result
 
     def _apply(self, domain: Domain, updates: list[tuple[Leg, Tensor]]) -> None:
         """p −= lr · scale · update on the pieces that arrived; matrices of steps that don't happen arrive as zeros."""
@@ -400,6 +510,7 @@ class MuonDist(torch.optim.Optimizer):
         Raises:
             RuntimeError: replicated parameters' momentum lives with other ranks; call `consolidate()` on all ranks first.
         """
+        self._collect_measurements()
         missing = 0
         complete: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
         for p, entry in self.state.items():
@@ -424,28 +535,39 @@ class MuonDist(torch.optim.Optimizer):
 
         Momentum of replicated parameters is expected whole on every rank, as `consolidate()` leaves it.
         """
-        # as the last hook, after those that repair old formats
-        translation = self.register_load_state_dict_pre_hook(lambda _, loaded: translate_state_groups(loaded, self.param_groups))
+        loaded: dict[str, Any] = {}
+
+        def translate(_: Any, given: dict[str, Any]) -> dict[str, Any]:
+            loaded.update(translate_state_groups(given, self.param_groups))
+            return loaded
+
+        translation = self.register_load_state_dict_pre_hook(translate)  # the last hook, after those that repair old formats
         try:
             super().load_state_dict(state_dict)
         finally:
             translation.remove()
+        # the base class casts all state to its parameter's dtype, where these numbers would lose their meaning
+        ids = (i for group in loaded["param_groups"] for i in group["params"])
+        for i, p in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
+            if isinstance(rows := loaded["state"].get(i, {}).get("spectrum"), Tensor):
+                self.state[p]["spectrum"] = rows.detach().to("cpu", torch.float64, copy=True)
         for group in self.param_groups:
-            for p in group["params"]:
+            for route, p in group_routes(group):
                 if p.requires_grad:
-                    self._declare_state(p, group["algorithm"])
+                    self._declare_state(route, p, group)
         self._signature = None  # the next step checks what was loaded and agrees again
 
     def __getstate__(self) -> dict[str, Any]:
+        self._collect_measurements()
         placed = self._detached or self._process_group is not None or bool(self._layouts)
-        own = {"bucket_bytes": self._bucket_bytes, "nonfinite": self._nonfinite, "detached": placed}
+        own = {"bucket_bytes": self._bucket_bytes, "nonfinite": self._nonfinite, "detached": placed, "telemetry": self._telemetry}
         return {**super().__getstate__(), "muon_dist": own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         own = state.pop("muon_dist", None)
         super().__setstate__(state)
         if own is not None:  # unpickled: process groups and layouts don't travel
-            self._bucket_bytes, self._nonfinite = own["bucket_bytes"], own["nonfinite"]
+            self._bucket_bytes, self._nonfinite, self._telemetry = own["bucket_bytes"], own["nonfinite"], own["telemetry"]
             self._start_unbound(None, {})
             self._detached = own["detached"]
             self._reading = True

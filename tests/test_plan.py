@@ -75,7 +75,7 @@ def test_every_element_goes_to_its_owner_once_and_comes_back_once(job: tuple, bu
     counts = [{k: torch.zeros_like(t) for k, t in own.items()} for own in local]
     sent, received = Counter(), Counter()
     for bucket in range(len(plan.buckets)):
-        routes = [route_bucket(plan, bucket, r, lambda _: False) for r in range(n)]
+        routes = [route_bucket(plan, bucket, r, lambda _: False, [task.batch_key for task in plan.matrices]) for r in range(n)]
         batches = [[torch.full(shape, float("nan")) for shape in route.batch_shapes] for route in routes]
         for me, route in enumerate(routes):
             for leg in route.stay:

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from muon_dist import orthogonalize
 from muon_dist.polar.matrix_view import MatrixView, matrices_of
 from muon_dist.polar.newton_schulz import flops, orthogonalize_batch
-from muon_dist.polar.polynomials import JORDAN, schedule_for
+from muon_dist.polar.polynomials import JORDAN, Schedule, schedule_for
 from muon_dist.polar.scaling import update_scale
 
 from .reference import orthogonalize as reference_orthogonalize
 
-CONVERGING = [*schedule_for("polar_express", 9), *[(1.875, -1.25, 0.375)] * 3]
+CONVERGING = [*schedule_for("polar_express", 9).steps, *[(1.875, -1.25, 0.375)] * 3]
 
 
 def polar(x: torch.Tensor) -> torch.Tensor:
@@ -23,8 +23,8 @@ def polar(x: torch.Tensor) -> torch.Tensor:
     return u @ vh
 
 
-def image(schedule: tuple, x: torch.Tensor) -> torch.Tensor:
-    for a, b, c in schedule:
+def image(schedule: Schedule, x: torch.Tensor) -> torch.Tensor:
+    for a, b, c in schedule.steps:
         x = a * x + b * x**3 + c * x**5
     return x
 
@@ -41,7 +41,7 @@ def test_a_converging_schedule_gives_the_polar_factor(shape: tuple[int, ...]) ->
 @pytest.mark.parametrize("shape", [(8, 20), (20, 8), (9, 9)])
 def test_families_equal_the_reference_iteration(shape: tuple[int, int], polynomial: str) -> None:
     x = torch.randn(shape, dtype=torch.float64)
-    expected = reference_orthogonalize(x, list(schedule_for(polynomial, 6)))
+    expected = reference_orthogonalize(x, list(schedule_for(polynomial, 6).steps))
     torch.testing.assert_close(orthogonalize(x, steps=6, polynomial=polynomial), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -71,7 +71,9 @@ def test_zero_gives_zero_and_empty_gives_empty() -> None:
 
 
 def test_matrices_that_are_not_kept_come_back_as_zeros() -> None:
-    result = orthogonalize_batch(torch.randn(3, 4, 6), (JORDAN,) * 5, compute_dtype=torch.float32, keep=torch.tensor([True, False, True]))
+    result = orthogonalize_batch(
+        torch.randn(3, 4, 6), Schedule((JORDAN,) * 5), compute_dtype=torch.float32, keep=torch.tensor([True, False, True])
+    )
     assert not result[1].any() and result[0].any() and result[2].any()
 
 
@@ -100,11 +102,11 @@ CANS = [
 
 
 def test_generated_schedules_are_the_published_ones_where_those_exist() -> None:
-    generated = schedule_for("polar_express", 5)
+    generated = schedule_for("polar_express", 5).steps
     for k, ((a, b, c), (pa, pb, pc)) in enumerate(zip(generated, POLAR_EXPRESS, strict=True)):
         s = 1.01 if k < 4 else 1.0
         assert (a * s, b * s**3, c * s**5) == pytest.approx((pa, pb, pc), rel=1e-9)
-    for ours, theirs in zip(schedule_for("cans", 5), CANS, strict=True):
+    for ours, theirs in zip(schedule_for("cans", 5).steps, CANS, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
 
 
@@ -116,7 +118,7 @@ def test_minimax_schedules_end_near_one_for_every_step_count(name: str, steps: i
     values = image(schedule, torch.logspace(math.log10(reached), 0, 4000, dtype=torch.float64))
     assert values.min() >= 0.69 and values.max() <= 1.31
     if steps < 5:  # the first steps of the published five are no schedule of their own
-        assert schedule != schedule_for(name, 5)[:steps]
+        assert schedule.steps != schedule_for(name, 5).steps[:steps]
 
 
 def test_jordan_oscillates_where_it_is_known_to() -> None:
@@ -125,7 +127,7 @@ def test_jordan_oscillates_where_it_is_known_to() -> None:
 
 
 def test_deepseek_v4_ends_with_two_contracting_steps() -> None:
-    assert schedule_for("deepseek_v4", 10) == (JORDAN,) * 8 + ((2.0, -1.5, 0.5),) * 2
+    assert schedule_for("deepseek_v4", 10).steps == (JORDAN,) * 8 + ((2.0, -1.5, 0.5),) * 2
 
 
 @pytest.mark.parametrize(
@@ -148,7 +150,7 @@ def test_malformed_polynomials_raise(polynomial: object, steps: object, words: s
 
 
 def test_one_triple_repeats_and_a_list_says_its_own_length() -> None:
-    assert schedule_for((2, -1.5, 0.5), 4) == ((2.0, -1.5, 0.5),) * 4
+    assert schedule_for((2, -1.5, 0.5), 4).steps == ((2.0, -1.5, 0.5),) * 4
     assert schedule_for([JORDAN, (2, -1.5, 0.5), JORDAN], 3) == schedule_for([JORDAN, (2, -1.5, 0.5), JORDAN], 5)
 
 

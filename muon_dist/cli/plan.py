@@ -10,6 +10,7 @@ import torch
 
 from ..binding import matrix_tasks
 from ..polar.matrix_view import matrices_of
+from ..polar.polynomials import schedule_for
 from ..sharding.layout import Fragment, Placement, ShardLayout, fragment_numel
 from ..sharding.plan import MatrixTask, Plan, make_plan
 from .models import ModelParameter, model_parameters
@@ -78,13 +79,14 @@ def plan_model(
         raise ValueError(f"--dp and --tp must be at least 1 and --zero one of 0, 1, 2, 3; got {dp}, {tp}, {zero}")
     if ns_steps < 1 or bucket_mb <= 0:
         raise ValueError(f"--ns-steps must be at least 1 and --bucket-mb above 0; got {ns_steps} and {bucket_mb}")
+    schedule = schedule_for("jordan", ns_steps)
     places = placements(parameters, dp, tp, zero)
     muon = [(p, place) for p, place in zip(parameters, places, strict=True) if p.route.view is not None]
     tasks: list[MatrixTask] = []
     for position, (p, _) in enumerate(muon):
         assert p.route.view is not None
         matrices = matrices_of(p.shape, p.route.view, p.name)
-        tasks += matrix_tasks(p.name, position, matrices, ns_steps, torch.bfloat16, torch.bfloat16)
+        tasks += matrix_tasks(p.name, position, matrices, [schedule] * len(matrices), torch.bfloat16, torch.bfloat16)
     plan = make_plan([place for _, place in muon], tasks, n_ranks=dp * tp, bucket_bytes=int(bucket_mb * 2**20))
     first_owner = {task.parameter: owner for task, owner in zip(plan.matrices, plan.owners, strict=True)}
     positions = {p.name: k for k, (p, _) in enumerate(muon)}

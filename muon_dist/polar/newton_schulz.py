@@ -8,7 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .polynomials import Coefficients, Polynomial, explicit_schedule, schedule_for
+from .deflation import deflation_flops, split_dominant
+from .polynomials import Coefficients, Polynomial, Schedule, explicit_schedule, schedule_for
+
+# The largest gain (the product of all a) that is left to bf16. A direction at 1e-4·‖X‖_F comes out of bf16 with .91 of its gain and
+# noise of .39 beside it, out of fp16 with 1.00 and .06 (measured at n = 512); lifting it to 1 takes a gain of 1e4.
+BF16_RESOLVES = 2e3
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -37,25 +42,37 @@ def dtype_named(value: torch.dtype | str | None, what: str) -> torch.dtype | Non
     return value
 
 
-def default_compute_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """bf16 on an accelerator, fp32 on a CPU (whose half precision is tens of times slower), fp64 for fp64 input."""
+def default_compute_dtype(device: torch.device, dtype: torch.dtype, schedule: Schedule | None = None) -> torch.dtype:
+    """fp32 on a CPU (whose half precision is tens of times slower), fp64 for fp64 input; on an accelerator bf16, or fp16 for a
+    schedule that reaches further down than bf16 resolves.
+    """
     if dtype == torch.float64:
         return torch.float64
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if device.type == "cpu":
+        return torch.float32
+    if schedule is None:
+        return torch.bfloat16
+    # what one step lifts a tiny singular value by is its a: together they say how far down the steps reach
+    return torch.bfloat16 if math.prod(a for a, _, _ in schedule.steps) <= BF16_RESOLVES else torch.float16
 
 
-def flops(rows: int, cols: int, steps: int) -> int:
-    """Floating-point operations of `steps` quintic steps on a rows × cols matrix: k(4m²n + 2m³), m = min(rows, cols)."""
+def flops(rows: int, cols: int, steps: int, *, deflation: int = 0) -> int:
+    """Floating-point operations of `steps` quintic steps on a rows × cols matrix: k(4m²n + 2m³), m = min(rows, cols).
+
+    With the products of deflation; orthonormalising its few vectors is left out, as are all passes over single matrices.
+    """
     m, n = min(rows, cols), max(rows, cols)
-    return steps * (4 * m * m * n + 2 * m**3)
+    return steps * (4 * m * m * n + 2 * m**3) + deflation_flops(m, n, deflation)
 
 
-def workspace_bytes(rows: int, cols: int, *, itemsize: int, in_place: bool) -> int:
+def workspace_bytes(rows: int, cols: int, *, itemsize: int, in_place: bool, deflation: int = 0) -> int:
     """Bytes that `orthogonalize_batch` needs for a rows × cols matrix beside its input: a second copy to work in turns, the
     Gram matrix and its polynomial; and where the input is in another dtype than `itemsize` says, a normalised copy of it.
+    Deflation adds its directions' polar factor, and a copy in fp32 if the products run in less.
     """
     small = min(rows, cols)
-    return itemsize * (rows * cols * (1 if in_place else 2) + 2 * small * small)
+    deflated = rows * cols * (itemsize + (4 if itemsize < 4 else 0)) if deflation else 0
+    return itemsize * (rows * cols * (1 if in_place else 2) + 2 * small * small) + deflated
 
 
 @torch.no_grad()
@@ -64,22 +81,26 @@ def orthogonalize(
     *,
     steps: int = 5,
     polynomial: Polynomial = "jordan",
-    schedule: Sequence[Coefficients] | None = None,
+    schedule: Schedule | Sequence[Coefficients] | None = None,
     compute_dtype: torch.dtype | str | None = None,
-) -> Tensor:
-    """The approximate polar factor UVᵀ of each matrix USVᵀ in `x`, by Newton–Schulz on x/‖x‖_F.
+    return_moments: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The approximate polar factor UVᵀ of each matrix USVᵀ in `x`, by Newton–Schulz.
 
     Args:
         x: (..., m, n), floating point, any device; every trailing matrix is orthogonalised by itself. Tall, wide and
             empty matrices are welcome. A zero matrix gives zero.
         steps: Newton–Schulz steps.
-        polynomial: "jordan", "polar_express", "cans", "deepseek_v4", one (a, b, c) repeated, or one (a, b, c) per step.
-        schedule: an explicit list of (a, b, c), one per step, instead of `steps` and `polynomial`.
-        compute_dtype: what the products run in (a dtype or a name such as "bf16"). None: bf16 on an accelerator, fp32
-            on a CPU, fp64 for fp64 input.
+        polynomial: "jordan", "polar_express", "cans", "deepseek_v4", "minimax", one (a, b, c) repeated, or one (a, b, c) per step.
+        schedule: instead of `steps` and `polynomial`: a `Schedule`, such as `choose_schedule` gives, with its normalisation and
+            deflation; or a list of (a, b, c), one per step, on x/‖x‖_F.
+        compute_dtype: what the products run in (a dtype or a name such as "bf16"). None: fp32 on a CPU, fp64 for fp64 input;
+            on an accelerator bf16, or fp16 where the schedule reaches directions that bf16 doesn't resolve.
+        return_moments: also return the moments of the iterates.
 
     Returns:
-        A new tensor of the shape and dtype of `x`.
+        A new tensor of the shape and dtype of `x`. With `return_moments`, also the moments, (..., 3 + 4·steps) in fp64 on x's
+        device, as `spectrum.moments` reads them.
 
     Raises:
         ValueError: fewer than two dimensions, a non-floating dtype, or a malformed polynomial or schedule.
@@ -91,23 +112,38 @@ def orthogonalize(
     if not x.is_floating_point():
         raise ValueError(f"orthogonalize needs a real floating-point tensor, got {x.dtype}")
     chosen = schedule_for(polynomial, steps) if schedule is None else explicit_schedule(schedule)
-    compute = dtype_named(compute_dtype, "compute_dtype") or default_compute_dtype(x.device, x.dtype)
+    compute = dtype_named(compute_dtype, "compute_dtype") or default_compute_dtype(x.device, x.dtype, chosen)
     batch = x.detach().clone(memory_format=torch.contiguous_format).reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
-    return orthogonalize_batch(batch, chosen, compute_dtype=compute).to(x.dtype).reshape(x.shape)
+    moments = x.new_zeros(batch.shape[0], moment_count(len(chosen)), dtype=torch.float64) if return_moments else None
+    result = orthogonalize_batch(batch, chosen, compute_dtype=compute, moments=moments).to(x.dtype).reshape(x.shape)
+    return result if moments is None else (result, moments.reshape(*x.shape[:-2], -1))
+
+
+def moment_count(steps: int) -> int:
+    """How many moments an orthogonalisation of so many steps yields for each matrix."""
+    return 3 + 4 * steps
 
 
 def orthogonalize_batch(
     batch: Tensor,
-    schedule: Sequence[Coefficients],
+    schedule: Schedule,
     *,
     compute_dtype: torch.dtype,
     eps: float = 1e-20,
     keep: Tensor | None = None,
+    moments: Tensor | None = None,
 ) -> Tensor:
     """Newton–Schulz on (B, m, n): returns (B, m, n) in `compute_dtype`. The input is workspace: its values are lost.
 
-    Each matrix is divided by max(‖·‖_F, eps) first. Where the bools `keep`, (B,), are False the
-    result is exactly zero: a finite matrix divided by infinity.
+    Each matrix is divided by max(‖·‖_F, eps) first, and by what the schedule's normalisation adds once the first Gram matrix is
+    known. Where the bools `keep`, (B,), are False the result is exactly zero: a finite matrix divided by infinity.
+
+    `moments`, (B, 3 + 4k) in fp64, is filled with what the k steps show of the spectrum, for a pass over each Gram matrix and one
+    over the result, and no product. With uᵢ the squares of the singular values of the iterate before step i, which maps u to
+    u·(a + P(u))², P(u) = b·u + c·u²:
+        the share of ‖X‖_F² that deflation left over, and the norm that the rest was divided by, relative to ‖X‖_F;
+        for every step Σuᵢ, Σuᵢ², Σuᵢ·P(uᵢ), ΣP(uᵢ)²;
+        and Σuₖ of the result, without the directions that were deflated.
     """
     if batch.numel() == 0:
         return batch.to(compute_dtype, copy=True)
@@ -117,16 +153,25 @@ def orthogonalize_batch(
     if batch.dtype != torch.float64:
         norm = norm.to(torch.float32)
     norm.masked_fill_(norm == 0, float("inf"))  # an eps of 0, or one that fp32 doesn't hold
-    x = batch.div_(norm) if batch.dtype == compute_dtype else (batch / norm).to(compute_dtype)  # (B, m, n)
+    dominant = None
+    if schedule.deflation:  # in fp32 at least, so that what is left is rounded at its own scale
+        batch = batch.to(torch.promote_types(batch.dtype, torch.float32)).div_(norm)
+        dominant = split_dominant(batch, schedule.deflation).to(compute_dtype)
+        x = batch.to(compute_dtype)
+    else:
+        x = batch.div_(norm) if batch.dtype == compute_dtype else (batch / norm).to(compute_dtype)
+    if moments is not None:
+        moments[:, 0] = 1.0 if dominant is None else torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float64).square_()
     y = torch.empty_like(x)
     # One matrix after the other where a batched product gains nothing: on a CPU the working set then fits its caches
     one_by_one = x.shape[0] == 1 or (x.device.type == "cpu" and min(x.shape[1:]) >= 192)
-    for source, target in zip(x, y, strict=True) if one_by_one else [(x, y)]:
-        _iterate(source, target, schedule)
-    return y if len(schedule) % 2 else x
+    for k in range(x.shape[0]) if one_by_one else [slice(None)]:
+        _iterate(x[k], y[k], schedule, None if moments is None else moments[k, 1:])
+    result = y if len(schedule) % 2 else x
+    return result if dominant is None else result.add_(dominant)
 
 
-def _iterate(x: Tensor, y: Tensor, schedule: Sequence[Coefficients]) -> None:
+def _iterate(x: Tensor, y: Tensor, schedule: Schedule, moments: Tensor | None) -> None:
     """X ← aX + (bA + cA²)X for every step, A = XXᵀ (XᵀX and from the right where X is tall): one matrix or a batch.
 
     Works in x and y in turns, so the result of an odd number of steps is in y, of an even one in x.
@@ -135,12 +180,61 @@ def _iterate(x: Tensor, y: Tensor, schedule: Sequence[Coefficients]) -> None:
     tall, small = x.shape[-2] > x.shape[-1], min(x.shape[-2:])
     gram = x.new_empty(*x.shape[:-2], small, small)
     polynomial = torch.empty_like(gram)
-    for a, b, c in schedule:
+    for k, (a, b, c) in enumerate(schedule.steps):
         product(x.mT, x, out=gram) if tall else product(x, x.mT, out=gram)
-        multiply_add(gram, gram, gram, beta=b, alpha=c, out=polynomial)
+        if k == 0 and schedule.normalisation != "frobenius":
+            squared = polynomial if schedule.normalisation == "schatten8" else None
+            scale = _divide_by_schatten(x, gram, squared)
+            if moments is not None:
+                moments[..., 0] = scale[..., 0, 0]
+        elif k == 0 and moments is not None:
+            moments[..., 0] = 1.0
+        if k == 0 and schedule.normalisation == "schatten8":
+            polynomial.mul_(c).add_(gram, alpha=b)  # holds A²
+        else:
+            multiply_add(gram, gram, gram, beta=b, alpha=c, out=polynomial)
+        if moments is not None:
+            moments[..., 1 + 4 * k] = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64)
+            moments[..., 2 + 4 * k] = _inner(gram, gram)
+            moments[..., 3 + 4 * k] = _inner(gram, polynomial)
+            moments[..., 4 + 4 * k] = _inner(polynomial, polynomial)
         left, right = (x, polynomial) if tall else (polynomial, x)
         multiply_add(x, left, right, beta=a, out=y)
         x, y = y, x
+    if moments is not None:
+        moments[..., -1] = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float64).square_()
+
+
+def _divide_by_schatten(x: Tensor, gram: Tensor, squared: Tensor | None) -> Tensor:
+    """Divide X, and its Gram matrix A with it, by (tr A²)^¼ or, where there is room for A² in `squared`, by (tr A⁴)^⅛.
+
+    `squared` then holds A² of the divided X. The norms are taken in fp32 or more, of A divided by its own norm first, so that
+    nothing underflows in fp16. Returns what X was divided by, (..., 1, 1); a zero matrix is divided by 1.
+    """
+    precise = torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    def norm(matrix: Tensor) -> Tensor:
+        value = torch.linalg.vector_norm(matrix, dim=(-2, -1), keepdim=True, dtype=precise)
+        return value.masked_fill_(value == 0, 1.0)
+
+    outer = norm(gram)  # (Σσ⁴)^½
+    gram.div_(outer)
+    scale = outer.sqrt()
+    if squared is not None:
+        torch.matmul(gram, gram, out=squared)
+        inner = norm(squared)  # (Σσ⁸)^½ of X/scale
+        squared.div_(inner)
+        root = inner.sqrt_()
+        gram.div_(root)
+        scale = scale * root.sqrt()
+    x.div_(scale)
+    return scale
+
+
+def _inner(first: Tensor, second: Tensor) -> Tensor:
+    """⟨first, second⟩ of each matrix; products in fp32 at least, their sum in fp64."""
+    precise = torch.float64 if first.dtype == torch.float64 else torch.float32
+    return (first.to(precise) * second.to(precise)).sum((-2, -1), dtype=torch.float64)
 
 
 def frobenius_norms(batch: Tensor) -> Tensor:

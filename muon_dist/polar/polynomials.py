@@ -1,15 +1,16 @@
-"""Families of Newton–Schulz polynomials: a name and a step count give a schedule.
+"""Newton–Schulz schedules: the polynomials of one orthogonalisation, published ones and generated ones.
 
-One step maps the singular values of X by p(x) = a·x + b·x³ + c·x⁵. A **schedule** is one (a, b, c) per step. Schedules
-of the minimax families are generated for their step count: the first k steps of a longer schedule leave an output that
-is not near 1 anywhere, so nothing here is ever truncated.
+One step maps the singular values of X by p(x) = a·x + b·x³ + c·x⁵. A **schedule** is one (a, b, c) per step, with what X is
+divided by beforehand. Schedules of the minimax families are generated for their step count: the first k steps of a longer
+schedule leave an output that is not near 1 anywhere, so nothing here is ever truncated.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Union
 
 import numpy as np
@@ -34,15 +35,60 @@ POLAR_EXPRESS_SAFETY = 1.01
 # that many steps reach |p(x) - 1| <= TOLERANCE.
 TOLERANCE = 0.3
 
-NAMES = ("jordan", "polar_express", "cans", "deepseek_v4")
+# Our own generated steps are designed for an interval that reaches this much further up than promised: rounding in bf16, and a
+# norm that is 1% off, then stay inside it. (Polar Express divides by 1.01 for the same reason.)
+SAFETY = 1.02
+
+# Lower bounds are rounded down to powers of 10^(1/8), and tolerances to hundredths, so that schedules stay few.
+BOUNDS_PER_DECADE = 8
+
+NAMES = ("jordan", "polar_express", "cans", "deepseek_v4", "minimax")
+NORMALISATIONS = ("frobenius", "schatten4", "schatten8")
 MAX_STEPS = 100
 
 
-def schedule_for(polynomial: Polynomial, steps: int) -> tuple[Coefficients, ...]:
-    """The schedule of `steps` Newton–Schulz steps: one (a, b, c) per step.
+@dataclass(frozen=True)
+class Schedule:
+    """The polynomials of one orthogonalisation and what comes before them.
+
+    Two schedules are equal where they compute the same; `coverage` and `quantiles` only report.
+
+    Attributes:
+        steps: one (a, b, c) per Newton–Schulz step.
+        normalisation: what X is divided by: "frobenius", ‖X‖_F, as published families are; "schatten4", (Σσ⁴)^¼, or
+            "schatten8", (Σσ⁸)^⅛, both upper bounds of σ₁ from the first step's Gram matrix and far tighter.
+        deflation: how many dominant directions are taken out by a randomised projection and set to 1 by themselves, so that the
+            others are iterated at their own scale; 0 takes out none.
+        coverage: the share of directions above the noise floor that the steps bring within the tolerance, as estimated by
+            `choose_schedule`.
+        quantiles: q -> σ_q/‖X‖_F, the singular value at rank ⌈q·r⌉ from the top, as estimated by `choose_schedule`; None
+            where the measurement doesn't resolve it.
+    """
+
+    steps: tuple[Coefficients, ...]
+    normalisation: str = "frobenius"
+    deflation: int = 0
+    coverage: float | None = field(default=None, compare=False)
+    quantiles: Mapping[float, float | None] | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.steps, Sequence) or isinstance(self.steps, str) or len(self.steps) == 0:
+            raise ValueError(f"a schedule is a non-empty list of (a, b, c), one per step, got {self.steps!r}")
+        object.__setattr__(self, "steps", tuple(_triple(step) for step in self.steps))
+        if self.normalisation not in NORMALISATIONS:
+            raise ValueError(f"normalisation={self.normalisation!r}: choose one of {', '.join(NORMALISATIONS)}")
+        if isinstance(self.deflation, bool) or not isinstance(self.deflation, int) or self.deflation < 0:
+            raise ValueError(f"deflation must be a number of directions, at least 0, got {self.deflation!r}")
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+def schedule_for(polynomial: Polynomial, steps: int) -> Schedule:
+    """The schedule of `steps` Newton–Schulz steps.
 
     `polynomial` is one of `NAMES`, one triple (a, b, c) that every step repeats, or a list of triples, one per step. A
-    list says its own length; beside it `steps` must be that length or the default of 5.
+    list says its own length; beside it `steps` must be that length or the default of 5. "minimax" is `widest_schedule`.
 
     Raises:
         ValueError: an unknown name, a malformed triple, or a step count the family doesn't have.
@@ -52,7 +98,7 @@ def schedule_for(polynomial: Polynomial, steps: int) -> tuple[Coefficients, ...]
     if isinstance(polynomial, str):
         return _named(polynomial, steps)
     if isinstance(polynomial, Sequence) and len(polynomial) == 3 and all(isinstance(c, (int, float)) for c in polynomial):
-        return (_triple(polynomial),) * steps
+        return Schedule((_triple(polynomial),) * steps)
     schedule = explicit_schedule(polynomial)
     if steps not in (len(schedule), 5):
         raise ValueError(
@@ -62,11 +108,9 @@ def schedule_for(polynomial: Polynomial, steps: int) -> tuple[Coefficients, ...]
     return schedule
 
 
-def explicit_schedule(schedule: object) -> tuple[Coefficients, ...]:
-    """A list of (a, b, c), one per step, as a checked tuple of floats."""
-    if not isinstance(schedule, Sequence) or isinstance(schedule, str) or len(schedule) == 0:
-        raise ValueError(f"a schedule is a non-empty list of (a, b, c), one per step, got {schedule!r}")
-    return tuple(_triple(step) for step in schedule)
+def explicit_schedule(schedule: object) -> Schedule:
+    """A `Schedule` as it is, or one with Frobenius normalisation from a list of (a, b, c)."""
+    return schedule if isinstance(schedule, Schedule) else Schedule(schedule)  # type: ignore[arg-type]  # Schedule checks it
 
 
 def _triple(step: object) -> Coefficients:
@@ -79,56 +123,122 @@ def _triple(step: object) -> Coefficients:
 
 
 @functools.cache
-def _named(name: str, steps: int) -> tuple[Coefficients, ...]:
+def _named(name: str, steps: int) -> Schedule:
     if name == "jordan":
-        return (JORDAN,) * steps
+        return Schedule((JORDAN,) * steps)
     if name == "deepseek_v4":
         if steps < 3:
             raise ValueError(f"deepseek_v4 ends with two (2, -1.5, .5) steps after the others: steps must be >= 3, got {steps}")
-        return (JORDAN,) * (steps - 2) + (DEEPSEEK_V4_LAST,) * 2
+        return Schedule((JORDAN,) * (steps - 2) + (DEEPSEEK_V4_LAST,) * 2)
+    if name == "minimax":
+        return widest_schedule(steps)
     if name in ("polar_express", "cans"):
         cushion = POLAR_EXPRESS_CUSHION if name == "polar_express" else 0.0
         lower = PUBLISHED_LOWER
-        if _reach(lower, steps, cushion) < 1 - TOLERANCE:
-            lower = _lowest_reached(steps, cushion)
+        if image(greedy_minimax(lower, steps, cushion=cushion), lower) < 1 - TOLERANCE:
+            lower = _lowest_reached(steps, TOLERANCE, cushion=cushion)
         schedule = greedy_minimax(lower, steps, cushion=cushion)
         if name == "cans":
-            return schedule
+            return Schedule(schedule)
         s = POLAR_EXPRESS_SAFETY
-        return tuple((a / s, b / s**3, c / s**5) for a, b, c in schedule[:-1]) + schedule[-1:]
+        return Schedule(tuple((a / s, b / s**3, c / s**5) for a, b, c in schedule[:-1]) + schedule[-1:])
     raise ValueError(f"unknown polynomial {name!r}: choose one of {', '.join(NAMES)}, or give a list of (a, b, c)")
 
 
-def greedy_minimax(lower: float, steps: int, *, cushion: float = 0.0) -> tuple[Coefficients, ...]:
+def minimax_schedule(lower: float, steps: int, *, tol: float | None = None, safety: float = SAFETY) -> Schedule:
+    """The schedule that brings singular values in [lower, 1] nearest to 1 in `steps` steps, each the best odd quintic for what
+    the ones before it leave (Polar Express, arXiv 2505.16932: greedy is optimal for the composition).
+
+    X is divided by its Schatten-8 norm. Schedules are cached, and `lower` is rounded down to a power of 10^(1/8).
+
+    Args:
+        lower: the smallest singular value that counts, in (0, 1), relative to the normalised X.
+        steps: Newton–Schulz steps.
+        tol: what must be reached, |p(x) − 1| <= tol on [lower, 1]; None asks for nothing.
+        safety: every step is designed for an interval whose upper end is this much larger, at least 1, so that rounding and an
+            underestimated norm don't make it diverge.
+
+    Raises:
+        ValueError: arguments outside their range, or a `tol` that `steps` steps don't reach.
+    """
+    _check_tolerance(tol if tol is not None else TOLERANCE)
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps < MAX_STEPS:
+        raise ValueError(f"steps must be an integer from 1 to {MAX_STEPS - 1}, got {steps!r}")
+    if not 1 <= safety <= 1.5:
+        raise ValueError(f"safety must lie in [1, 1.5], got {safety!r}")
+    bound = _rounded_down(lower)
+    schedule = _greedy_schedule(bound, steps, safety)
+    if tol is not None and image(schedule.steps, bound) < 1 - tol:
+        raise ValueError(
+            f"{steps} steps bring [{lower:g}, 1] to within {1 - image(schedule.steps, bound):.2f} of 1, not {tol:g}: "
+            f"give {steps_for(lower, tol, safety=safety)} steps, or a larger lower bound or tol"
+        )
+    return schedule
+
+
+def steps_for(lower: float, tol: float = TOLERANCE, *, safety: float = SAFETY) -> int:
+    """The fewest steps after which the generated schedule for [lower, 1] lies within `tol` of 1."""
+    _check_tolerance(tol)
+    bound = _rounded_down(lower)
+    return next(k for k in range(1, MAX_STEPS) if image(_greedy_schedule(bound, k, safety).steps, bound) >= 1 - tol)
+
+
+@functools.cache
+def widest_schedule(steps: int, tol: float = TOLERANCE, *, safety: float = SAFETY, normalisation: str = "schatten8") -> Schedule:
+    """The schedule of `steps` steps that brings the longest interval [lower, 1] to within `tol` of 1: one for each step count."""
+    _check_tolerance(tol)
+    lower = _lowest_reached(steps, round(tol, 2), safety=safety)
+    return Schedule(greedy_minimax(lower, steps, safety=safety), normalisation)
+
+
+def image(steps: Sequence[Coefficients], x: float) -> float:
+    """What the steps make of a singular value x."""
+    for a, b, c in steps:
+        x = a * x + b * x**3 + c * x**5
+    return x
+
+
+def _check_tolerance(tol: float) -> None:
+    if isinstance(tol, bool) or not isinstance(tol, (int, float)) or not 0.01 <= tol < 1:
+        raise ValueError(f"tol must be a number in [0.01, 1), got {tol!r}")
+
+
+def _rounded_down(lower: float) -> float:
+    if isinstance(lower, bool) or not isinstance(lower, (int, float)) or not 1e-16 <= lower < 1:
+        raise ValueError(f"lower must be a number in [1e-16, 1), got {lower!r}")
+    return float(10 ** (math.floor(BOUNDS_PER_DECADE * math.log10(lower) + 1e-9) / BOUNDS_PER_DECADE))
+
+
+@functools.cache
+def _greedy_schedule(lower: float, steps: int, safety: float) -> Schedule:
+    return Schedule(greedy_minimax(lower, steps, safety=safety), "schatten8")
+
+
+def greedy_minimax(lower: float, steps: int, *, cushion: float = 0.0, safety: float = 1.0) -> tuple[Coefficients, ...]:
     """Odd quintics, each the best approximation of 1 on the interval that the ones before it leave of [lower, 1].
 
     `cushion` keeps a step's own interval from being wider than [cushion·u, u] (Polar Express, arXiv 2505.16932,
-    section 3.4); the step is then rescaled so that the whole interval maps symmetrically around 1.
+    section 3.4); the step is then rescaled so that the whole interval maps symmetrically around 1. `safety` widens a step's
+    own interval [l, u] to [l, safety·u].
     """
     schedule, low, high = [], lower, 1.0
     for _ in range(steps):
-        a, b, c = _minimax_quintic(max(low, cushion * high), high)
-        at_low, at_high = (a * x + b * x**3 + c * x**5 for x in (low, high))
+        a, b, c = _minimax_quintic(max(low, cushion * high), safety * high)
+        at_low, at_high = (a * x + b * x**3 + c * x**5 for x in (low, safety * high))
         centre = 2.0 / (at_low + at_high)
         schedule.append((a * centre, b * centre, c * centre))
         low, high = at_low * centre, 2.0 - at_low * centre
     return tuple(schedule)
 
 
-def _reach(lower: float, steps: int, cushion: float) -> float:
-    """The image of `lower` after the schedule generated for it: how near to 1 its last direction comes."""
-    x = lower
-    for a, b, c in greedy_minimax(lower, steps, cushion=cushion):
-        x = a * x + b * x**3 + c * x**5
-    return x
-
-
-def _lowest_reached(steps: int, cushion: float) -> float:
-    """The smallest lower bound that `steps` greedy steps bring to within TOLERANCE of 1 (bisection in the logarithm)."""
-    low, high = math.log(1e-16), math.log(0.5)
+@functools.cache
+def _lowest_reached(steps: int, tol: float, *, cushion: float = 0.0, safety: float = 1.0) -> float:
+    """The smallest lower bound that `steps` greedy steps bring to within `tol` of 1 (bisection in the logarithm)."""
+    low, high = math.log(1e-16), math.log(1 - 0.5 * tol)
     for _ in range(60):
         middle = 0.5 * (low + high)
-        if _reach(math.exp(middle), steps, cushion) >= 1 - TOLERANCE:
+        lower = math.exp(middle)
+        if image(greedy_minimax(lower, steps, cushion=cushion, safety=safety), lower) >= 1 - tol:
             high = middle
         else:
             low = middle

@@ -92,13 +92,17 @@ class BucketRoute:
     scatter_in: tuple[tuple[Leg, ...], ...]
 
 
-def route_bucket(plan: Plan, bucket: int, me: int, stored_as_box: Callable[[int], bool]) -> BucketRoute:
-    """The part that rank `me` takes in a bucket. `stored_as_box(parameter)`: its local tensor has its fragment's one box as shape."""
+def route_bucket(plan: Plan, bucket: int, me: int, stored_as_box: Callable[[int], bool], batch_keys: Sequence[Hashable]) -> BucketRoute:
+    """The part that rank `me` takes in a bucket.
+
+    `stored_as_box(parameter)`: its local tensor has its fragment's one box as shape. Matrices of one shape and `batch_keys` entry
+    are one batch; that is this rank's own affair, and what travels doesn't depend on it.
+    """
     indices = plan.buckets[bucket]
     grouped: dict[Hashable, list[int]] = {}
     for i in indices:
         if plan.owners[i] == me:
-            grouped.setdefault((plan.matrices[i].shape, plan.matrices[i].batch_key), []).append(i)
+            grouped.setdefault((plan.matrices[i].shape, batch_keys[i]), []).append(i)
     batches = tuple(map(tuple, grouped.values()))
     place = {i: (b, k) for b, batch in enumerate(batches) for k, i in enumerate(batch)}
 

@@ -1,0 +1,91 @@
+"""The small GPT that the launch scripts and the benchmarks train, and its text: bytes, so that no tokenizer is needed."""
+
+from __future__ import annotations
+
+import math
+import sysconfig
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+TEXT_LIMIT = 20_000_000  # bytes of the standard library's sources that are read
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, d = x.shape
+        q, k, v = (y.view(b, t, self.heads, -1).transpose(1, 2) for y in self.qkv(x).chunk(3, dim=-1))  # (b, heads, t, d/heads)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        result: Tensor = self.proj(y.transpose(1, 2).reshape(b, t, d))
+        return result
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width, bias=False)
+        self.down = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.down(F.gelu(self.up(x)))
+        return result
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.RMSNorm(width), Attention(width, heads)
+        self.norm2, self.mlp = nn.RMSNorm(width), MLP(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        result: Tensor = x + self.mlp(self.norm2(x))
+        return result
+
+
+class GPT(nn.Module):
+    """The model of configs/models/gpt-5m.json."""
+
+    def __init__(self, *, layers: int, width: int, heads: int, context: int, vocabulary: int = 256) -> None:
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.norm, self.lm_head = nn.RMSNorm(width), nn.Linear(width, vocabulary, bias=False)
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                out = name.endswith(("proj.weight", "down.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * layers) if out else 0.02)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
+        for block in self.blocks:
+            x = block(x)
+        return F.cross_entropy(self.lm_head(self.norm(x)).flatten(0, 1).float(), targets.flatten())
+
+
+def read_text(path: str | None) -> Tensor:
+    """A file's bytes, or those of the standard library's modules, in alphabetical order."""
+    if path is not None:
+        data = Path(path).read_bytes()
+    else:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        skip = {"site-packages", "test", "tests", "idlelib", "__pycache__"}
+        files = sorted(f for f in root.rglob("*.py") if not skip.intersection(f.relative_to(root).parts))
+        data = b"".join(f.read_bytes() for f in files)[:TEXT_LIMIT]
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def windows(text: Tensor, count: int, context: int, seed: int) -> tuple[Tensor, Tensor]:
+    """`count` random windows and the bytes that follow each position: two (count, context) tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(text) - context, (count,), generator=generator).tolist()
+    rows = torch.stack([text[s : s + context + 1] for s in starts]).long()
+    return rows[:, :-1], rows[:, 1:]

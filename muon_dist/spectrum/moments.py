@@ -1,0 +1,255 @@
+"""The spectrum of a matrix from the moments that its own Newton–Schulz iterates yield, for any schedule.
+
+Every moment is Σ_j f(t_j) over the singular values t_j of the normalised matrix, for a known function f. Those of the first
+iterates tell the large singular values, those of the last iterates the small ones, down to what the steps lift out of the
+noise. Fitted is a smooth density of ln t: the exponential of a cubic spline, its roughness penalised as in Silverman, Ann.
+Statist. 10, 795 (1982). A matrix has a finite number of singular values, so a moment scatters around its integral by about
+Σ f(t_j)²; that scatter weighs the moments, and a moment that one dominant direction decides says little about the rest. The
+idea to read spectra from the iterates: arXiv 2609.33047.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..polar.newton_schulz import moment_count
+from ..polar.polynomials import TOLERANCE, Schedule
+
+Array = np.ndarray
+
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+NOISE_FLOOR = 1e-4  # relative to ‖X‖_F: what lies below is not counted, since more steps only amplify rounding there
+
+DECADES = 8  # the grid of t reaches from 1 down to 1e-8
+CELLS = 96
+POINTS = 8  # per cell: polynomials oscillate within one
+KNOTS = 28
+STIFFNESS = 2.0  # prior deviation of a second difference of the spline's coefficients: ln density may bend by that much per knot
+SCATTER = 0.3  # of a moment, relative to that of independent singular values, which repel each other
+RELATIVE_ERROR = 5e-3  # of a moment, by rounding
+RESOLVED_GAIN = 0.3  # a direction is resolved where the steps lift it to at least this
+# Deviations are halved: on real momentum, errors were a third to a half of what scatter and stiffness alone promise
+CALIBRATION = 0.5
+MOST_ERROR = 0.35  # in ln σ: a quantile that is known no better is not reported
+
+_EDGES = np.linspace(-DECADES * math.log(10), 0.0, CELLS + 1)
+_POINTS = _EDGES[:-1, None] + (_EDGES[1] - _EDGES[0]) * (np.arange(POINTS) + 0.5) / POINTS  # ln t, (CELLS, POINTS)
+_WIDTH = DECADES * math.log(10) / (KNOTS - 3)
+
+
+def _spline_basis() -> Array:
+    """Cubic B-splines on equidistant knots at the cells' centres, (CELLS, KNOTS)."""
+    x = np.abs((_POINTS.mean(1)[:, None] - _EDGES[0]) / _WIDTH - (np.arange(KNOTS) - 1)[None, :])
+    return np.where(x < 1, (4 - 6 * x**2 + 3 * x**3) / 6, np.where(x < 2, (2 - x) ** 3 / 6, 0.0))
+
+
+_BASIS = _spline_basis()
+_ROUGHNESS = np.diff(np.eye(KNOTS), 2, axis=0) / STIFFNESS
+_ROUGHNESS = _ROUGHNESS.T @ _ROUGHNESS + 1e-4 * np.eye(KNOTS)
+
+
+def _image(schedule: Schedule, t: Array) -> Array:
+    for a, b, c in schedule.steps:
+        t = t * (a + b * t**2 + c * t**4)
+    return t
+
+
+@functools.lru_cache(maxsize=256)
+def _functions(schedule: Schedule) -> tuple[Array, Array]:
+    """What a singular value in each cell adds to the moments, on average, and the average of the products of two such: (J, CELLS)
+    and (J·J, CELLS). In the order of `orthogonalize_batch`: u, u², u·P(u), P(u)² for every step, u of the result, and the mass.
+    """
+    rows, x = [], np.exp(_POINTS)
+    for a, b, c in schedule.steps:
+        u = x * x
+        p = b * u + c * u * u
+        rows += [u, u * u, u * p, p * p]
+        x = x * (a + p)
+    f = np.stack([*rows, x * x, np.ones_like(x)])
+    return f.mean(2), np.einsum("jgp,kgp->jkg", f, f).reshape(-1, CELLS) / POINTS
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """An estimated distribution of singular values, relative to ‖X‖_F.
+
+    Attributes:
+        mass: expected number of directions in each cell of ln t, (CELLS,).
+        root: (CELLS, K), with root·rootᵀ the covariance of `mass`.
+        scale: σ/‖X‖_F = scale · t.
+        norms: normalisation -> what it divides by, relative to ‖X‖_F; of what is left where directions were deflated.
+        resolution: the smallest σ/‖X‖_F that the measurement resolves.
+        rank: min(rows, cols), deflated directions included.
+        deflated: directions that were taken out before; they count as larger than all others.
+    """
+
+    mass: Array
+    root: Array
+    scale: float
+    norms: Mapping[str, float]
+    resolution: float
+    rank: int
+    deflated: int = 0
+
+    def quantile(self, q: float) -> float | None:
+        """σ/‖X‖_F at rank ⌈q·rank⌉ from the top; None where that is below the resolution or was deflated."""
+        value, error = self._quantile(q)
+        return value if value >= self.resolution and error <= MOST_ERROR else None
+
+    def quantile_error(self, q: float) -> float:
+        """One standard deviation of ln σ at the quantile."""
+        return self._quantile(q)[1]
+
+    def _quantile(self, q: float) -> tuple[float, float]:
+        if not 0 < q <= 1:
+            raise ValueError(f"a quantile lies in (0, 1], got {q!r}")
+        position = math.ceil(q * self.rank) - 0.5 - self.deflated  # half a direction: the middle of the step
+        if position < 0:
+            return math.nan, math.inf
+        counted = np.concatenate([[0.0], np.cumsum(self.mass[::-1])])  # from the top
+        ln_t = float(np.interp(position, counted, _EDGES[::-1]))
+        above = (_EDGES[1:] > ln_t).astype(float)
+        cell = min(int((ln_t - _EDGES[0]) / (_EDGES[1] - _EDGES[0])), CELLS - 1)
+        density = max(self.mass[cell] / (_EDGES[1] - _EDGES[0]), 1e-9)
+        return math.exp(ln_t) * self.scale, float(np.linalg.norm(above @ self.root)) / density
+
+    def share_below(self, sigma: float) -> float:
+        """The share of all directions whose σ/‖X‖_F is below `sigma`."""
+        return float(self.mass @ (math.log(sigma / self.scale) > _POINTS).mean(1)) / self.rank
+
+    def coverage(
+        self, schedule: Schedule, *, tol: float = TOLERANCE, floor: float = NOISE_FLOOR, below: float | None = None
+    ) -> tuple[float, float]:
+        """The share of directions above the noise floor that `schedule` brings into [1 − tol, 1 + tol], and its deviation.
+
+        The schedule must deflate as many directions as the measured one did. `below` is the share of directions under the floor,
+        where that is known from a measurement that reached it.
+        """
+        t = np.minimum(np.exp(_POINTS) * (self.scale / self.norms[schedule.normalisation]), 1.0)
+        inside = (np.abs(_image(schedule, t) - 1) <= tol) & (math.log(floor / self.scale) <= _POINTS)
+        covered = inside.mean(1)
+        share = self.share_below(floor) if below is None else below
+        counted = max(self.rank * (1 - share), 1e-9)
+        value = (self.deflated + float(covered @ self.mass)) / counted
+        return min(value, 1.0), float(np.linalg.norm(covered @ self.root)) / counted
+
+
+def spectrum_from_quantiles(quantiles: Mapping[float, float], rank: int) -> Spectrum:
+    """The spectrum that a law predicts: ln σ is linear in q between the given quantiles and below them, and above them as steep
+    as it must be for the squares to sum to ‖X‖_F² = 1.
+
+    Args:
+        quantiles: q -> σ_q/‖X‖_F at rank ⌈q·rank⌉ from the top, falling with q.
+        rank: min(rows, cols).
+    """
+    points = sorted(quantiles.items())
+    if len(points) < 2 or not all(0 < q <= 1 and value > 0 for q, value in points):
+        raise ValueError(f"quantiles are at least two q in (0, 1] with σ > 0, got {dict(quantiles)}")
+    q = (np.arange(rank) + 0.5) / rank
+    known, logs = np.array([k for k, _ in points]), np.minimum.accumulate(np.log([v for _, v in points]))
+    fall = (logs[-1] - logs[-2]) / (known[-1] - known[-2])
+    ln_sigma = np.where(q > known[-1], logs[-1] + fall * (q - known[-1]), np.interp(q, known, logs))
+    top = q < known[0]
+    energy_left = 1.0 - float(np.exp(2 * ln_sigma[~top]).sum())
+    low, high = 0.0, 400.0
+    for _ in range(50 if top.any() else 0):  # the slope in q of the top
+        slope = 0.5 * (low + high)
+        trial = logs[0] + slope * (known[0] - q[top])
+        low, high = (slope, high) if float(np.exp(np.minimum(2 * trial, 50)).sum()) < energy_left else (low, slope)
+    if top.any():
+        ln_sigma[top] = np.minimum(logs[0] + low * (known[0] - q[top]), 0.0)
+    mass = np.histogram(np.maximum(ln_sigma, _EDGES[0]), bins=_EDGES)[0].astype(float)
+    sigma = np.exp(ln_sigma)
+    norms = {name: float((sigma**power).sum() ** (1 / power)) for name, power in (("frobenius", 2), ("schatten4", 4), ("schatten8", 8))}
+    return Spectrum(mass=mass, root=np.zeros((CELLS, 1)), scale=1.0, norms=norms, resolution=0.0, rank=rank)
+
+
+def spectrum_from_moments(moments: Sequence[float] | Array, schedule: Schedule, rank: int) -> Spectrum | None:
+    """The spectrum of a matrix from the moments of one orthogonalisation; None for a matrix that was zero or not finite.
+
+    Args:
+        moments: (3 + 4k,), as `orthogonalize(..., return_moments=True)` gives them.
+        schedule: the one that they were measured with.
+        rank: min(rows, cols) of the matrix.
+    """
+    values = np.asarray(moments, float)
+    if values.shape != (moment_count(len(schedule)),):
+        raise ValueError(f"a schedule of {len(schedule)} steps yields {moment_count(len(schedule))} moments, got shape {values.shape}")
+    deflated = min(schedule.deflation, rank)
+    scale, measured, left = values[1], values[2:], rank - deflated
+    if not np.isfinite(values).all() or measured[0] <= 1e-12 or left <= 0 or scale <= 0:
+        return None
+    functions, products = _functions(schedule)
+    mass, root = _fit_density(np.append(measured, left), functions, products)
+    reached = np.exp(_POINTS[np.argmax(_image(schedule, np.exp(_POINTS)).mean(1) >= RESOLVED_GAIN), 0])
+    return Spectrum(
+        mass=mass,
+        root=root,
+        scale=scale,
+        norms=_norms(measured, schedule, scale),
+        resolution=float(reached) * scale,
+        rank=rank,
+        deflated=deflated,
+    )
+
+
+def _norms(measured: Array, schedule: Schedule, scale: float) -> dict[str, float]:
+    """What each normalisation would divide by, relative to ‖X‖_F, from the moments of the first step."""
+    (_, b, c), (u1, u2, up, pp) = schedule.steps[0], measured[:4]
+    u4 = (pp + b * b * u2 - 2 * b * up) / c**2 if c else u2  # P² − 2b·u·P + b²·u² = c²·u⁴
+    u4 = min(max(u4, u2**2 / u1**2 * u2), u2**2)  # between what Hölder's inequality and the triangle's allow
+    return {"frobenius": scale * u1**0.5, "schatten4": scale * u2**0.25, "schatten8": scale * u4**0.125}
+
+
+def _fit_density(moments: Array, functions: Array, products: Array) -> tuple[Array, Array]:
+    """The mass of every cell and a root of its covariance: the most probable spline, by damped Gauss–Newton steps.
+
+    `moments` ends with the number of directions. The error that is granted to the others begins at 1 and shrinks to what it is, and
+    their logarithms are compared first, which a far start needs; then they themselves, whose scatter has no bias.
+    """
+    left, moments = moments[-1], moments[:-1]
+    count = len(moments)
+    f = functions[:-1] / moments[:, None]
+    pairs = products.reshape(count + 1, count + 1, CELLS)[:-1, :-1] / (moments[:, None, None] * moments[None, :, None])
+    pairs = SCATTER * pairs.reshape(-1, CELLS)
+
+    def density(spline: Array) -> Array:
+        log = _BASIS @ spline
+        mass: Array = np.exp(log - log.max())
+        return mass * (left / mass.sum())
+
+    def error_of(mass: Array) -> Array:
+        return f @ mass - 1 if linear else np.log(f @ mass)
+
+    spline = np.linalg.lstsq(_BASIS, -0.03 * (_POINTS.mean(1) - math.log(0.9 / math.sqrt(left))) ** 2, rcond=None)[0]
+    mass, granted, damping, linear = density(spline), 1.0, 1e-3, False
+    for _ in range(40):
+        weight = np.linalg.inv((pairs @ mass).reshape(count, count) + granted**2 * np.eye(count))
+        predicted, error = f @ mass, error_of(mass)
+        slope = (f * mass) @ _BASIS - np.outer(predicted, mass @ _BASIS / left)
+        if not linear:
+            slope /= predicted[:, None]
+        curvature = slope.T @ weight @ slope + _ROUGHNESS
+        gradient = slope.T @ (weight @ error) + _ROUGHNESS @ spline
+        before = after = error @ weight @ error + spline @ _ROUGHNESS @ spline
+        for _ in range(6):
+            move = -np.linalg.solve(curvature + damping * np.diag(np.diag(curvature)), gradient)
+            trial = spline + move * min(1.0, 3.0 / np.abs(move).max())
+            error = error_of(density(trial))
+            reached = error @ weight @ error + trial @ _ROUGHNESS @ trial
+            if reached < before:
+                spline, mass, after, damping = trial, density(trial), reached, max(damping / 8, 1e-7)
+                break
+            damping *= 8
+        if granted == RELATIVE_ERROR and before - after < 2e-3 * before + 0.01:
+            if linear:
+                break
+            linear, damping = True, 1e-3
+        granted = max(RELATIVE_ERROR, 0.3 * granted)
+    root = mass[:, None] * (_BASIS - mass @ _BASIS / left)
+    return mass, CALIBRATION * root @ np.linalg.cholesky(np.linalg.inv(curvature))

@@ -1,0 +1,140 @@
+"""What a run reports of its spectra: a line of JSON per measurement, and TensorBoard or Weights & Biases where asked.
+
+Every rank of a domain knows what was measured, so its first rank writes and nothing is gathered. One file per domain:
+`spectrum.jsonl` for the one that has global rank 0, `spectrum.rank<N>.jsonl` for others (pipeline stages, expert groups).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .adaptation import Adaptation
+from .polar.newton_schulz import flops
+from .spectrum.scaling_law import layer_kind, relative_depths
+from .version import __version__
+
+SINKS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # sink -> the package it needs
+
+
+class Telemetry:
+    """Writes measurements to a directory.
+
+    Args:
+        directory: made where it doesn't exist.
+        sinks: besides JSON lines, any of "tensorboard" and "wandb".
+
+    Raises:
+        ValueError: a directory that can't be written, an unknown sink, or one whose package is missing.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], sinks: Sequence[str] = ()) -> None:
+        self.directory = Path(directory)
+        existing = next(p for p in (self.directory, *self.directory.absolute().parents) if p.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise ValueError(
+                f"telemetry_dir {str(directory)!r} can't be written: {existing} is not a directory that this process may write to"
+            )
+        if isinstance(sinks, str) or not set(sinks) <= set(SINKS):
+            raise ValueError(f"telemetry_sinks is a list of {' and '.join(map(repr, SINKS))}, got {sinks!r}")
+        for sink in sinks:
+            if importlib.util.find_spec(SINKS[sink]) is None:
+                raise ValueError(f"telemetry_sinks={list(sinks)} needs the package {SINKS[sink]}, which is not installed")
+        self.sinks = tuple(sinks)
+        self._begun: set[int] = set()
+        self._writer: Any = None
+
+    def write(self, adaptation: Adaptation, decided: Iterable[int], params: int) -> None:
+        """Report the matrices that were decided anew; only the domain's first rank does something.
+
+        Args:
+            params: elements of all parameters of this optimizer, for scaling laws.
+        """
+        domain = adaptation.domain
+        if domain.me != 0:
+            return
+        path = self.directory / ("spectrum.jsonl" if domain.ranks[0] == 0 else f"spectrum.rank{domain.ranks[0]}.jsonl")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            if domain.ranks[0] not in self._begun:
+                self._begun.add(domain.ranks[0])
+                about = {
+                    "type": "run",
+                    "version": __version__,
+                    "params": params,
+                    "matrices": len(domain.matrices),
+                    "ranks": len(domain.ranks),
+                }
+                file.write(json.dumps(about) + "\n")
+            for line in _lines(adaptation, set(decided)):
+                file.write(json.dumps({**line, "params": params}) + "\n")
+                self._send(line)
+
+    def _send(self, line: dict[str, Any]) -> None:
+        values = {key: v for key, v in line.items() if key.startswith("sigma") or key in ("ns_steps", "coverage", "flops")}
+        values = {f"muon_dist/{line['name']}/{key}": v for key, v in values.items() if v is not None}
+        if "tensorboard" in self.sinks:
+            if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(str(self.directory))
+            for key, v in values.items():
+                self._writer.add_scalar(key, v, line["step"])
+            self._writer.flush()
+        if "wandb" in self.sinks:
+            import wandb
+
+            (wandb.run or wandb.init(dir=str(self.directory))).log({**values, "muon_dist/step": line["step"]})
+
+
+def _lines(adaptation: Adaptation, decided: set[int]) -> Iterator[dict[str, Any]]:
+    domain = adaptation.domain
+    adaptive = [b for b in domain.parameters if b.controllers]
+    depths = dict(zip(adaptive, relative_depths([b.name for b in adaptive]), strict=True))
+    i = -1
+    for b in domain.parameters:
+        for part, matrix in enumerate(b.matrices):
+            i += 1
+            if i not in decided or not b.controllers:
+                continue
+            controller = b.controllers[part]
+            yield {
+                "type": "matrix",
+                "step": int(controller.row[0]),
+                "name": domain.plan.matrices[i].name,
+                "kind": layer_kind(b.name, part, len(b.matrices)),
+                "depth": depths[b],
+                "shape": [matrix.rows, matrix.cols],
+                "rank": min(matrix.shape),
+                **controller.report(),
+                "flops": flops(*matrix.shape, controller.steps, deflation=controller.policy.deflation),
+                "flops_of_five_steps": flops(*matrix.shape, 5),
+            }
+
+
+def read_run(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The measurements in a run's directory, by step and name; where a resumed run repeats one, the last counts.
+
+    Raises:
+        ValueError: no telemetry there, or a line that is not JSON.
+    """
+    root = Path(directory)
+    files = [root] if root.is_file() else sorted(root.glob("spectrum*.jsonl"))
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    for path in files:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+            if record.get("type") == "matrix":
+                found[(record["step"], record["name"])] = record
+    if not found:
+        raise ValueError(
+            f"{directory} has no measurements: train with MuonDist(ns_steps='adaptive', telemetry_dir={str(directory)!r}) first"
+        )
+    return [found[key] for key in sorted(found)]
