@@ -29,7 +29,8 @@ def run(*, out: str, widths: list[int], layers: int, steps: int, lr: float, thre
         groups = build_param_groups(model, split={"attn.qkv.weight": [width] * 3})
         every = max(2, steps // 15)
         optimizer = MuonDist(groups, lr=lr, weight_decay=0.1, ns_steps="adaptive", burn_in=0, measure_every=every, telemetry_dir=folder)
-        started, recent = time.perf_counter(), []
+        started = time.perf_counter()
+        recent: list[float] = []
         for step in range(steps):
             tokens, targets = windows(text, BATCH, CONTEXT, seed * 1_000_003 + step)
             loss = model(tokens, targets)

@@ -4,8 +4,8 @@ Every moment is Σ_j f(t_j) over the singular values t_j of the normalised matri
 iterates tell the large singular values, those of the last iterates the small ones, down to what the steps lift out of the
 noise. Fitted is a smooth density of ln t: the exponential of a cubic spline, its roughness penalised as in Silverman, Ann.
 Statist. 10, 795 (1982). A matrix has a finite number of singular values, so a moment scatters around its integral by about
-Σ f(t_j)²; that scatter weighs the moments, and a moment that one dominant direction decides says little about the rest. The
-idea to read spectra from the iterates: arXiv 2609.33047.
+Σ f(t_j)²; that scatter weighs the moments, and a moment that one dominant direction decides says little about the rest. Where no smooth
+density gives the moments, as for an orthogonal matrix, few atoms do. The idea to read spectra from the iterates: arXiv 2609.33047.
 """
 
 from __future__ import annotations
@@ -35,16 +35,21 @@ RELATIVE_ERROR = 5e-3  # of a moment, by rounding
 RESOLVED_GAIN = 0.3  # a direction is resolved where the steps lift it to at least this
 # Deviations are halved: on real momentum, errors were a third to a half of what scatter and stiffness alone promise
 CALIBRATION = 0.5
-MOST_ERROR = 0.35  # in ln σ: a quantile that is known no better is not reported
+# Mean square misfit of the moments beyond which no smooth density is near: on real momentum it stays below 8, a spike gives hundreds
+MOST_MISFIT = 10.0
+ATOM_ERROR = 0.1  # deviation of an atom's mass, relative: a guess on the safe side
+MOST_ERROR = 0.2  # in ln σ: a quantile that is known no better is not reported
 
-_EDGES = np.linspace(-DECADES * math.log(10), 0.0, CELLS + 1)
-_POINTS = _EDGES[:-1, None] + (_EDGES[1] - _EDGES[0]) * (np.arange(POINTS) + 0.5) / POINTS  # ln t, (CELLS, POINTS)
+_EDGES = np.linspace(-DECADES * math.log(10), 0.0, CELLS * POINTS + 1)  # of the points' surroundings
+_STEP = _EDGES[1] - _EDGES[0]
+_POINTS = _EDGES[:-1] + _STEP / 2  # ln t
+_CENTRES = _POINTS.reshape(CELLS, POINTS).mean(1)
 _WIDTH = DECADES * math.log(10) / (KNOTS - 3)
 
 
 def _spline_basis() -> Array:
     """Cubic B-splines on equidistant knots at the cells' centres, (CELLS, KNOTS)."""
-    x = np.abs((_POINTS.mean(1)[:, None] - _EDGES[0]) / _WIDTH - (np.arange(KNOTS) - 1)[None, :])
+    x = np.abs((_CENTRES[:, None] - _EDGES[0]) / _WIDTH - (np.arange(KNOTS) - 1)[None, :])
     return np.where(x < 1, (4 - 6 * x**2 + 3 * x**3) / 6, np.where(x < 2, (2 - x) ** 3 / 6, 0.0))
 
 
@@ -60,9 +65,11 @@ def _image(schedule: Schedule, t: Array) -> Array:
 
 
 @functools.lru_cache(maxsize=256)
-def _functions(schedule: Schedule) -> tuple[Array, Array]:
-    """What a singular value in each cell adds to the moments, on average, and the average of the products of two such: (J, CELLS)
-    and (J·J, CELLS). In the order of `orthogonalize_batch`: u, u², u·P(u), P(u)² for every step, u of the result, and the mass.
+def _functions(schedule: Schedule) -> tuple[Array, Array, Array]:
+    """What a singular value at each point adds to the moments, (J, CELLS·POINTS); its average in each cell, (J, CELLS); and the
+    average of the products of two such, (J·J, CELLS).
+
+    In the order of `orthogonalize_batch`: u, u², u·P(u), P(u)² for every step, u of the result, and the mass.
     """
     rows, x = [], np.exp(_POINTS)
     for a, b, c in schedule.steps:
@@ -71,7 +78,8 @@ def _functions(schedule: Schedule) -> tuple[Array, Array]:
         rows += [u, u * u, u * p, p * p]
         x = x * (a + p)
     f = np.stack([*rows, x * x, np.ones_like(x)])
-    return f.mean(2), np.einsum("jgp,kgp->jkg", f, f).reshape(-1, CELLS) / POINTS
+    cells = f.reshape(len(f), CELLS, POINTS)
+    return f, cells.mean(2), np.einsum("jgp,kgp->jkg", cells, cells).reshape(-1, CELLS) / POINTS
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +87,8 @@ class Spectrum:
     """An estimated distribution of singular values, relative to ‖X‖_F.
 
     Attributes:
-        mass: expected number of directions in each cell of ln t, (CELLS,).
-        root: (CELLS, K), with root·rootᵀ the covariance of `mass`.
+        mass: expected number of directions around each point of a grid in ln t, (CELLS·POINTS,).
+        root: (CELLS·POINTS, K), with root·rootᵀ the covariance of `mass`.
         scale: σ/‖X‖_F = scale · t.
         norms: normalisation -> what it divides by, relative to ‖X‖_F; of what is left where directions were deflated.
         resolution: the smallest σ/‖X‖_F that the measurement resolves.
@@ -114,13 +122,13 @@ class Spectrum:
         counted = np.concatenate([[0.0], np.cumsum(self.mass[::-1])])  # from the top
         ln_t = float(np.interp(position, counted, _EDGES[::-1]))
         above = (_EDGES[1:] > ln_t).astype(float)
-        cell = min(int((ln_t - _EDGES[0]) / (_EDGES[1] - _EDGES[0])), CELLS - 1)
-        density = max(self.mass[cell] / (_EDGES[1] - _EDGES[0]), 1e-9)
+        near = np.abs(_POINTS - ln_t) <= _STEP * POINTS / 2
+        density = max(float(self.mass[near].sum()) / (_STEP * POINTS), 1e-9)
         return math.exp(ln_t) * self.scale, float(np.linalg.norm(above @ self.root)) / density
 
     def share_below(self, sigma: float) -> float:
         """The share of all directions whose σ/‖X‖_F is below `sigma`."""
-        return float(self.mass @ (math.log(sigma / self.scale) > _POINTS).mean(1)) / self.rank
+        return float(self.mass @ (math.log(sigma / self.scale) > _POINTS)) / self.rank
 
     def coverage(
         self, schedule: Schedule, *, tol: float = TOLERANCE, floor: float = NOISE_FLOOR, below: float | None = None
@@ -132,7 +140,7 @@ class Spectrum:
         """
         t = np.minimum(np.exp(_POINTS) * (self.scale / self.norms[schedule.normalisation]), 1.0)
         inside = (np.abs(_image(schedule, t) - 1) <= tol) & (math.log(floor / self.scale) <= _POINTS)
-        covered = inside.mean(1)
+        covered = inside.astype(float)
         share = self.share_below(floor) if below is None else below
         counted = max(self.rank * (1 - share), 1e-9)
         value = (self.deflated + float(covered @ self.mass)) / counted
@@ -166,7 +174,7 @@ def spectrum_from_quantiles(quantiles: Mapping[float, float], rank: int) -> Spec
     mass = np.histogram(np.maximum(ln_sigma, _EDGES[0]), bins=_EDGES)[0].astype(float)
     sigma = np.exp(ln_sigma)
     norms = {name: float((sigma**power).sum() ** (1 / power)) for name, power in (("frobenius", 2), ("schatten4", 4), ("schatten8", 8))}
-    return Spectrum(mass=mass, root=np.zeros((CELLS, 1)), scale=1.0, norms=norms, resolution=0.0, rank=rank)
+    return Spectrum(mass=mass, root=np.zeros((CELLS * POINTS, 1)), scale=1.0, norms=norms, resolution=0.0, rank=rank)
 
 
 def spectrum_from_moments(moments: Sequence[float] | Array, schedule: Schedule, rank: int) -> Spectrum | None:
@@ -184,9 +192,8 @@ def spectrum_from_moments(moments: Sequence[float] | Array, schedule: Schedule, 
     scale, measured, left = values[1], values[2:], rank - deflated
     if not np.isfinite(values).all() or measured[0] <= 1e-12 or left <= 0 or scale <= 0:
         return None
-    functions, products = _functions(schedule)
-    mass, root = _fit_density(np.append(measured, left), functions, products)
-    reached = np.exp(_POINTS[np.argmax(_image(schedule, np.exp(_POINTS)).mean(1) >= RESOLVED_GAIN), 0])
+    mass, root = _fit(np.append(measured, left), *_functions(schedule))
+    reached = np.exp(_POINTS[np.argmax(_image(schedule, np.exp(_POINTS)) >= RESOLVED_GAIN)])
     return Spectrum(
         mass=mass,
         root=root,
@@ -206,8 +213,45 @@ def _norms(measured: Array, schedule: Schedule, scale: float) -> dict[str, float
     return {"frobenius": scale * u1**0.5, "schatten4": scale * u2**0.25, "schatten8": scale * u4**0.125}
 
 
-def _fit_density(moments: Array, functions: Array, products: Array) -> tuple[Array, Array]:
-    """The mass of every cell and a root of its covariance: the most probable spline, by damped Gauss–Newton steps.
+def _fit(moments: Array, points: Array, functions: Array, products: Array) -> tuple[Array, Array]:
+    """The mass around every point and a root of its covariance: a smooth density or, where none gives the moments, few atoms."""
+    mass, root, misfit = _fit_density(moments, functions, products)
+    if misfit <= MOST_MISFIT:
+        return np.repeat(mass, POINTS) / POINTS, np.repeat(root, POINTS, axis=0) / POINTS
+    mass = _fit_atoms(points / moments[:, None])
+    return mass, ATOM_ERROR * np.diag(mass)
+
+
+def _fit_atoms(points: Array) -> Array:
+    """Non-negative least squares by Lawson & Hanson's active sets (Solving Least Squares Problems, 1974): points @ mass ≈ 1."""
+    mass, active = np.zeros(points.shape[1]), np.zeros(points.shape[1], bool)
+    for _ in range(3 * len(points)):
+        gradient = points.T @ (1.0 - points @ mass)
+        gradient[active] = -np.inf
+        best = int(gradient.argmax())
+        if gradient[best] <= 1e-9 * float((points[:, best] ** 2).sum()):
+            break
+        active[best] = True
+        while True:
+            trial = np.zeros_like(mass)
+            trial[active] = np.linalg.lstsq(points[:, active], np.ones(len(points)), rcond=1e-10)[0]
+            if (trial[active] > 0).all():
+                break
+            shrinking = active & (trial <= 0)
+            step = float((mass[shrinking] / np.maximum(mass[shrinking] - trial[shrinking], 1e-300)).min())
+            mass = mass + step * (trial - mass)
+            active &= mass > 1e-12
+            mass[~active] = 0.0
+            if not active.any():
+                break
+        mass = trial if active.any() else mass
+        if np.abs(points @ mass - 1.0).max() < RELATIVE_ERROR / 10:
+            break
+    return mass
+
+
+def _fit_density(moments: Array, functions: Array, products: Array) -> tuple[Array, Array, float]:
+    """The mass of every cell, a root of its covariance, and the mean square misfit: the most probable spline, by damped Gauss–Newton.
 
     `moments` ends with the number of directions. The error that is granted to the others begins at 1 and shrinks to what it is, and
     their logarithms are compared first, which a far start needs; then they themselves, whose scatter has no bias.
@@ -226,7 +270,7 @@ def _fit_density(moments: Array, functions: Array, products: Array) -> tuple[Arr
     def error_of(mass: Array) -> Array:
         return f @ mass - 1 if linear else np.log(f @ mass)
 
-    spline = np.linalg.lstsq(_BASIS, -0.03 * (_POINTS.mean(1) - math.log(0.9 / math.sqrt(left))) ** 2, rcond=None)[0]
+    spline = np.linalg.lstsq(_BASIS, -0.03 * (_CENTRES - math.log(0.9 / math.sqrt(left))) ** 2, rcond=None)[0]
     mass, granted, damping, linear = density(spline), 1.0, 1e-3, False
     for _ in range(40):
         weight = np.linalg.inv((pairs @ mass).reshape(count, count) + granted**2 * np.eye(count))
@@ -252,4 +296,5 @@ def _fit_density(moments: Array, functions: Array, products: Array) -> tuple[Arr
             linear, damping = True, 1e-3
         granted = max(RELATIVE_ERROR, 0.3 * granted)
     root = mass[:, None] * (_BASIS - mass @ _BASIS / left)
-    return mass, CALIBRATION * root @ np.linalg.cholesky(np.linalg.inv(curvature))
+    error = f @ mass - 1
+    return mass, CALIBRATION * root @ np.linalg.cholesky(np.linalg.inv(curvature)), float(error @ weight @ error) / count
