@@ -3,8 +3,8 @@
     torchrun --standalone --nproc_per_node 2 launch/train_gpt.py --steps 100 --out runs/quickstart
 
 Text: the Python standard library's own sources, or `--data FILE`. Every rank reads its own random windows. Rank 0 prints a line
-of progress (loss, tokens/s, share of the step that the optimizer takes), and at the end a table; it writes `results.json`
-and `loss.png` to `--out`.
+of progress (loss, tokens/s, share of the step that the optimizer takes), and at the end a table of both runs and one of what
+each matrix got; it writes `results.json`, `loss.png`, `spectrum.png` and the measurements (`telemetry/`) to `--out`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from muon_dist import MuonDist, build_param_groups
 from muon_dist.bench.small_gpt import GPT, read_text, windows
+from muon_dist.cli import spectrum
 
 
 @dataclass
@@ -62,7 +63,14 @@ def train(name: str, lr: float, text: Tensor, device: torch.device, options: arg
     fully_shard(model, mesh=mesh)
     optimizer: torch.optim.Optimizer
     if name == "MuonDist":
-        optimizer = MuonDist(build_param_groups(model, split={"attn.qkv.weight": [options.width] * 3}), lr=lr, weight_decay=0.1)
+        optimizer = MuonDist(
+            build_param_groups(model, split={"attn.qkv.weight": [options.width] * 3}),
+            lr=lr,
+            weight_decay=0.1,
+            burn_in=10,  # both far below their defaults, for a run this short
+            measure_every=20,
+            telemetry_dir=telemetry_folder(options),
+        )
     else:
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_and_decay(step, options.steps))
@@ -92,6 +100,10 @@ def train(name: str, lr: float, text: Tensor, device: torch.device, options: arg
     run.state_bytes_per_rank = sum(t.numel() * t.element_size() for t in (v.to_local() if isinstance(v, DTensor) else v for v in held))
     run.skipped_steps = optimizer.skipped_steps if isinstance(optimizer, MuonDist) else 0
     return run
+
+
+def telemetry_folder(options: argparse.Namespace) -> Path:
+    return Path(options.out) / "telemetry"
 
 
 def warm_up_and_decay(step: int, steps: int) -> float:
@@ -131,6 +143,9 @@ def report(runs: list[Run], options: argparse.Namespace) -> None:
     print("loss: mean of the last ten steps. optimizer share: of the step's time, the first step left out.")
     draw(runs, out / "loss.png")
     print(f"written: {out / 'results.json'}, {out / 'loss.png'}")
+    if (telemetry_folder(options) / "spectrum.jsonl").exists():
+        print("\nwhat each matrix got, as measured last:")
+        spectrum.run(str(telemetry_folder(options)), str(out / "spectrum.png"), None)
 
 
 def draw(runs: list[Run], path: Path) -> None:
@@ -194,6 +209,7 @@ def main() -> None:
         )
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if dist.get_rank() == 0:
+        (telemetry_folder(options) / "spectrum.jsonl").unlink(missing_ok=True)  # of an earlier run
         model = GPT(layers=options.layers, width=options.width, heads=options.heads, context=options.context)
         size = sum(p.numel() for p in model.parameters())
         print(

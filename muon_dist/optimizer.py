@@ -63,7 +63,8 @@ class MuonDist(torch.optim.Optimizer):
         lr: learning rate of both kinds of group; `muon_lr` and `adam_lr` override it for one.
         weight_decay: decoupled, by the unadjusted learning rate; `adam_weight_decay` overrides it for AdamW.
         momentum, nesterov: as in `torch.optim.Muon`: buf.lerp_(g, 1 − momentum); the update is of g.lerp(buf, momentum).
-        ns_steps: Newton–Schulz steps: a number, or "adaptive": every matrix gets as many as its measured spectrum needs.
+        ns_steps: Newton–Schulz steps: "adaptive", so that every matrix gets as many as its measured spectrum needs, or a number;
+            5 is plain Muon, equal to `torch.optim.Muon`.
         polynomial: "jordan", "polar_express", "cans", "deepseek_v4", "minimax", one (a, b, c) repeated, or one (a, b, c) per step;
             None: "jordan" for a fixed number of steps, "minimax" for adaptive ones (which take these two only).
         deflation: dominant directions that are taken out of every matrix and set to 1 by themselves, so that the others are iterated
@@ -101,7 +102,7 @@ class MuonDist(torch.optim.Optimizer):
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
-        ns_steps: int | str = 5,
+        ns_steps: int | str = "adaptive",
         polynomial: Polynomial | None = None,
         adjust_lr_fn: str | None = "match_rms_adamw",
         *,

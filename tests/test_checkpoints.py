@@ -24,7 +24,7 @@ from .ranks import run_ranks
 
 def make(placement: str, dtype: torch.dtype = torch.float64) -> tuple[torch.nn.Module, MuonDist]:
     model = models.place(models.make_bank(models.ODD, dtype), placement)
-    return model, MuonDist(model.named_parameters(), lr=0.05, weight_decay=0.1, bucket_mb=0.008)
+    return model, MuonDist(model.named_parameters(), lr=0.05, weight_decay=0.1, bucket_mb=0.008, ns_steps=5)
 
 
 def train(model: torch.nn.Module, optimizer: MuonDist, placement: str, seeds: range) -> None:
@@ -207,7 +207,7 @@ def added_group_moves_owners() -> float:
     shapes = [(8, 8), (16, 8), (64, 8)]
     torch.manual_seed(1)
     tensors = {f"w{k}": torch.nn.Parameter(torch.randn(shape, dtype=torch.float64)) for k, shape in enumerate(shapes)}
-    optimizer = MuonDist([{"params": [(n, tensors[n]) for n in ("w0", "w1")], "algorithm": "muon"}], lr=1.0, weight_decay=0.0)
+    optimizer = MuonDist([{"params": [(n, tensors[n]) for n in ("w0", "w1")], "algorithm": "muon"}], lr=1.0, weight_decay=0.0, ns_steps=5)
     reference = ReferenceMuon(
         {n: p.detach() for n, p in tensors.items()}, {n: [p.shape[0]] for n, p in tensors.items()}, lr=1.0, weight_decay=0.0
     )
@@ -237,7 +237,7 @@ def test_torch_muon_state_dicts_load() -> None:
         theirs.grad = torch.randn(12, 20)
         muon.step()
     ours.data.copy_(theirs.data)
-    optimizer = MuonDist([{"params": [ours], "algorithm": "muon"}], compute_dtype="bf16")
+    optimizer = MuonDist([{"params": [ours], "algorithm": "muon"}], compute_dtype="bf16", ns_steps=5)
     optimizer.load_state_dict(copy.deepcopy(muon.state_dict()))
     group = optimizer.param_groups[0]
     assert (group["lr"], group["momentum"], group["adjust_lr_fn"], group["polynomial"]) == (0.3, 0.9, "original", "jordan")
@@ -252,8 +252,8 @@ def test_torch_muon_state_dicts_load() -> None:
 
 def test_a_state_dict_of_other_groups_raises() -> None:
     p = torch.nn.Parameter(torch.zeros(4, 4))
-    saved = MuonDist([("w", p)]).state_dict()
+    saved = MuonDist([("w", p)], ns_steps=5).state_dict()
     with pytest.raises(ValueError, match="2 parameter groups, this optimizer 1"):
-        MuonDist([("w", p)]).load_state_dict({**saved, "param_groups": saved["param_groups"] * 2})
+        MuonDist([("w", p)], ns_steps=5).load_state_dict({**saved, "param_groups": saved["param_groups"] * 2})
     with pytest.raises(ValueError, match="'adamw'"):
-        MuonDist([("w", p)]).load_state_dict(MuonDist([{"params": [("w", p)], "algorithm": "adamw"}]).state_dict())
+        MuonDist([("w", p)], ns_steps=5).load_state_dict(MuonDist([{"params": [("w", p)], "algorithm": "adamw"}], ns_steps=5).state_dict())

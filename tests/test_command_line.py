@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+
+from muon_dist import MuonDist
+from muon_dist.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -147,3 +152,72 @@ def test_the_quickstart_trains_and_draws(tmp_path: Path) -> None:
 def test_the_quickstart_refuses_what_it_does_not_know(arguments: tuple[str, ...], words: str) -> None:
     result = quickstart(*arguments)
     assert result.returncode == 1 and words in result.stderr
+
+
+def trained(folder: Path, width: int) -> None:
+    """A short run with telemetry, of two blocks."""
+    torch.manual_seed(0)
+    shapes = {"q": (width, width), "up": (4 * width, width)}
+    named = [(f"blocks.{k}.{kind}.weight", torch.nn.Parameter(torch.randn(s))) for k in range(2) for kind, s in shapes.items()]
+    optimizer = MuonDist(named, burn_in=0, measure_every=2, telemetry_dir=folder)
+    for step in range(12):
+        for _, p in named:
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+
+
+def test_spectrum_shows_a_run_and_fit_its_law(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for width in (24, 40, 64):
+        trained(tmp_path / str(width), width)
+    assert main(["spectrum", str(tmp_path / "24"), "--json", str(tmp_path / "last.json")]) == 0
+    text = capsys.readouterr().out
+    assert "blocks.1.up.weight" in text and "the FLOPs of five steps" in text
+    assert (tmp_path / "24" / "spectrum.png").stat().st_size > 10_000
+    assert len(json.loads((tmp_path / "last.json").read_text())) == 4
+
+    runs = [str(tmp_path / str(width)) for width in (24, 40, 64)]
+    assert main(["fit", *runs, "--csv", str(tmp_path / "law.csv"), "--picture", str(tmp_path / "law.png")]) == 0
+    text = capsys.readouterr().out
+    # random matrices: (1/r)^½ and M ~ r², so α is a quarter against parameters and nothing is left rank-normalised
+    law = next(line.split() for line in text.splitlines() if line.startswith("up ") and " 1.00 " in line)
+    assert float(law[4]) == pytest.approx(0.25, abs=0.05)
+    assert (tmp_path / "law.png").stat().st_size > 10_000
+    assert main(["fit", str(tmp_path / "law.csv")]) == 0
+    assert law[4] in capsys.readouterr().out
+    assert main(["fit", runs[0]]) == 2 and "two or more sizes" in capsys.readouterr().err
+    assert main(["spectrum", str(tmp_path)]) == 2 and "has no measurements" in capsys.readouterr().err
+
+
+def test_plan_with_laws_gives_steps_per_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(ROOT / "configs" / "models" / "llama-8b.json")
+    assert main(["plan", config, "--dp", "4", "--laws", "--json", str(tmp_path / "plan.json")]) == 0
+    text = capsys.readouterr().out
+    assert "falls short" in text and "five fixed steps" in text
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    last = {r["kind"]: r for r in plan["predicted"] if r["depth"] == 1}
+    assert set(last) == {"q", "k", "v", "o", "up", "down"} and last["down"]["most"] > last["up"]["most"]
+    per_matrix = {m["flops"] for m in plan["matrices"] if m["shape"] == [4096, 4096]}
+    assert len(per_matrix) > 1, "all layers got the same number of steps"
+    assert main(["plan", config, "--laws", "--coverage", "2"]) == 2 and "coverage" in capsys.readouterr().err
+
+
+def test_benches_of_adaptivity_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = str(tmp_path / "momentum.safetensors")
+    save_file({f"m{k}": torch.randn(40, 60) * torch.logspace(0, -k, 40)[:, None] for k in range(3)}, data)
+    assert main(["bench", "adaptive", "--data", data, "--coverage", "0.9", "--threads", "1", "--json", str(tmp_path / "a.json")]) == 0
+    found = {r["variant"]: r for r in json.loads((tmp_path / "a.json").read_text())}
+    assert found["five Jordan steps"]["flops"] == 1.0 and len(found) == 8
+    assert found["0.9: generated, Schatten-8"]["lowest"] >= 0.85
+    assert main(["bench", "spectrum", "--data", data, "--threads", "1"]) == 0
+    assert "Golub–Kahan, 24 iterations" in capsys.readouterr().out
+    assert main(["bench", "associative-memory", "--horizons", "4", "8", "--betas", "1.5", "--picture", str(tmp_path / "p.png")]) == 0
+    assert "theory" in capsys.readouterr().out and (tmp_path / "p.png").exists()
+    assert main(["bench", "ladder", "--out", str(tmp_path / "ladder"), "--widths", "16", "32", "--steps", "4", "--layers", "1"]) == 0
+    assert (tmp_path / "ladder" / "width-32" / "spectrum.jsonl").exists()
+    small = ["--steps", "3", "--seeds", "1", "--width", "16", "--layers", "1", "--batch", "2", "--context", "16"]
+    assert main(["bench", "training", *small, "--threads", "1"]) == 0
+    assert "exact polar factor" in capsys.readouterr().out
+    assert main(["bench", "overhead", "--width", "16", "--layers", "1", "--cycles", "1", "--threads", "1"]) == 0
+    assert "bytes per measurement" in capsys.readouterr().out
+    assert main(["bench", "adaptive", "--data", str(tmp_path / "none.safetensors")]) == 2
+    assert "can't read" in capsys.readouterr().err

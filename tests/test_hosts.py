@@ -20,9 +20,9 @@ from .ranks import run_ranks
 
 def grad_scaler(placement: str) -> dict:
     model = models.place(models.make_bank(models.ODD, torch.float32), placement)
-    optimizer = MuonDist(model.named_parameters(), lr=0.1)
+    optimizer = MuonDist(model.named_parameters(), lr=0.1, ns_steps=5)
     plain = models.place(models.make_bank(models.ODD, torch.float32), placement)
-    unscaled = MuonDist(plain.named_parameters(), lr=0.1)
+    unscaled = MuonDist(plain.named_parameters(), lr=0.1, ns_steps=5)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     scales = []
     for seed in range(3):
@@ -60,7 +60,7 @@ def fsdp1(use_orig_params: bool, through: str) -> str:
         if through == "build_param_groups":
             build_param_groups(model)
         else:
-            MuonDist(model.named_parameters())
+            MuonDist(model.named_parameters(), ns_steps=5)
     except ValueError as error:
         return str(error)
     return "no error"
@@ -76,7 +76,7 @@ def cpu_offload() -> float:
     plain = fully_shard(models.make_bank(models.ODD, torch.float64), mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     model = models.make_bank(models.ODD, torch.float64)
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), offload_policy=CPUOffloadPolicy(pin_memory=False))
-    optimizers = [MuonDist(m.named_parameters(), lr=0.1) for m in (plain, model)]
+    optimizers = [MuonDist(m.named_parameters(), lr=0.1, ns_steps=5) for m in (plain, model)]
     for seed in range(2):
         for m, optimizer in zip((plain, model), optimizers, strict=True):
             m.zero_grad()
@@ -105,7 +105,7 @@ def refused_placements(kind: str) -> str:
     if kind == "gradient":
         p.grad = DTensor.from_local(torch.ones(4, 4), mesh, [Partial()], run_check=False)
     try:
-        optimizer = MuonDist([("block.weight", p)])
+        optimizer = MuonDist([("block.weight", p)], ns_steps=5)
         optimizer.step()
     except ValueError as error:
         return str(error)
@@ -148,7 +148,7 @@ def disagreement(kind: str) -> tuple[str, float]:
         p.grad = torch.ones_like(p)
     started = time.monotonic()
     try:
-        MuonDist(parameters, **options).step()
+        MuonDist(parameters, **options, ns_steps=5).step()
     except ValueError as error:
         return str(error), time.monotonic() - started
     return "", time.monotonic() - started
@@ -180,7 +180,7 @@ def absent_rank() -> None:
 
     muon_dist.binding.TIMEOUT = muon_dist.binding.timedelta(seconds=2)
     if dist.get_rank() == 0:
-        MuonDist(models.make_bank([(8, 8)], torch.float32).named_parameters()).bind()
+        MuonDist(models.make_bank([(8, 8)], torch.float32).named_parameters(), ns_steps=5).bind()
     time.sleep(60)
 
 
@@ -197,7 +197,7 @@ def sub_groups() -> list[float]:
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     torch.manual_seed(rank // 2)
     model = models.Bank([(6, 5), (4, 9)], torch.float64)
-    optimizer = MuonDist(model.named_parameters(), lr=0.1, process_group=pairs[rank // 2])
+    optimizer = MuonDist(model.named_parameters(), lr=0.1, process_group=pairs[rank // 2], ns_steps=5)
     model(rank // 2).backward()
     optimizer.step()
     return [float(p.detach().sum()) for p in model.parameters()]
@@ -215,7 +215,7 @@ def two_meshes() -> tuple[int, float]:
     halves = init_device_mesh("cpu", (2, 2), mesh_dim_names=("experts", "shard"))["shard"]
     dense = nn.Parameter(DTensor.from_local(torch.ones(2, 6, dtype=torch.float64), world, [Shard(0)], run_check=False))
     expert = nn.Parameter(DTensor.from_local(torch.full((2, 5), 1.0 + rank // 2, dtype=torch.float64), halves, [Shard(0)], run_check=False))
-    optimizer = MuonDist([("dense", dense), ("expert", expert)], lr=1.0)
+    optimizer = MuonDist([("dense", dense), ("expert", expert)], lr=1.0, ns_steps=5)
     for step in range(2):
         generator = torch.Generator().manual_seed(10 * step + rank)
         for p in (dense, expert):
@@ -239,7 +239,7 @@ def beyond_process_group() -> str:
     alone = [dist.new_group([0]), dist.new_group([1])][dist.get_rank()]
     p = nn.Parameter(DTensor.from_local(torch.ones(2, 6), mesh, [Shard(0)], run_check=False))
     try:
-        MuonDist([("dense", p)], process_group=alone).bind()
+        MuonDist([("dense", p)], process_group=alone, ns_steps=5).bind()
     except ValueError as error:
         return str(error)
     return ""
@@ -253,13 +253,13 @@ def copied_away() -> list[str]:
     """Momentum that lives elsewhere, a process group and layouts don't survive a copy: using the copy says so."""
     errors = []
     model = models.make_bank([(6, 5), (5, 6)], torch.float32)
-    optimizer = MuonDist(model.named_parameters())
+    optimizer = MuonDist(model.named_parameters(), ns_steps=5)
     model(0).backward()
     optimizer.step()
     state = pickle.dumps(optimizer)
     everyone = [None, None]
     dist.all_gather_object(everyone, state)
-    for pickled in (everyone[0], pickle.dumps(MuonDist(model.named_parameters(), process_group=dist.group.WORLD))):
+    for pickled in (everyone[0], pickle.dumps(MuonDist(model.named_parameters(), process_group=dist.group.WORLD, ns_steps=5))):
         copy = pickle.loads(pickled)
         try:
             copy.bind()  # both ranks took rank 0's half of the momentum
@@ -278,7 +278,7 @@ def replicas_in_unlike_memory() -> bool:
     value = torch.arange(24.0).view(4, 6).sin()
     p = nn.Parameter(value.clone() if dist.get_rank() == 0 else value.T.contiguous().T)
     q = nn.Parameter(value.clone() if dist.get_rank() == 1 else value.T.contiguous().T)
-    optimizer = MuonDist([("p", p), ("q", q)], lr=0.1)
+    optimizer = MuonDist([("p", p), ("q", q)], lr=0.1, ns_steps=5)
     for x in (p, q):
         x.grad = torch.arange(24.0).view(4, 6).cos()
     optimizer.step()
@@ -292,7 +292,7 @@ def test_consolidated_momentum_does_not_depend_on_memory_layout() -> None:
 
 def frozen_replicas_save() -> int:
     model = models.make_bank([(6, 5), (5, 6)], torch.float32)
-    optimizer = MuonDist(model.named_parameters(), lr=0.1)
+    optimizer = MuonDist(model.named_parameters(), lr=0.1, ns_steps=5)
     model(0).backward()
     optimizer.step()
     model.layers[0].weight.requires_grad_(False)
@@ -315,7 +315,7 @@ def replicated_dtensors() -> bool:
     for x in (p, q):
         g = torch.arange(12.0).view(3, 4).cos()
         x.grad = DTensor.from_local(g, mesh, [Replicate()]) if x is p else g
-        MuonDist([("w", x)], lr=1.0).step()
+        MuonDist([("w", x)], lr=1.0, ns_steps=5).step()
     return torch.equal(p.to_local(), q)
 
 

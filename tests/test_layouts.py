@@ -47,7 +47,7 @@ def flat_partitions(kind: str) -> float:
     whole = whole_tensors(0)
     local = {name: torch.nn.Parameter(p.flatten()[slice(*mine[name])].clone()) for name, p in whole.items()}
     layouts = {name: ShardLayout(global_shape=SHAPES[name], span=mine[name]) for name in SHAPES}
-    optimizer = MuonDist(local.items(), lr=1.0, weight_decay=0.0, layouts=layouts, bucket_mb=0.001)
+    optimizer = MuonDist(local.items(), lr=1.0, weight_decay=0.0, layouts=layouts, bucket_mb=0.001, ns_steps=5)
     reference = ReferenceMuon(whole, {n: [s[-2]] for n, s in SHAPES.items() if len(s) > 1}, lr=1.0, weight_decay=0.0)
     worst = 0.0
     for seed in (1, 2, 3):
@@ -99,7 +99,7 @@ def fused_blocks(data_parallel: int) -> float:
             mine = torch.nn.Parameter(local(whole))
             mine.grad = local(g)
         group = {"params": [("fc1.weight", mine)], "algorithm": "muon", "split": (hidden, hidden)}
-        optimizer = MuonDist([group], lr=1.0, weight_decay=0.0, layouts={"fc1.weight": layout})
+        optimizer = MuonDist([group], lr=1.0, weight_decay=0.0, layouts={"fc1.weight": layout}, ns_steps=5)
         optimizer.step()
         reference = ReferenceMuon({"w": whole}, {"w": [hidden, hidden]}, lr=1.0, weight_decay=0.0)
         reference.step({"w": g})
@@ -130,7 +130,7 @@ def overlapping_layouts(kind: str) -> str:
     numel = fragment_numel(layout.fragment()) + (kind == "size" and rank == 1)
     p = torch.nn.Parameter(torch.zeros(numel))
     p.grad = torch.ones(numel)
-    optimizer = MuonDist([("w", p)], layouts={"w": layout})
+    optimizer = MuonDist([("w", p)], layouts={"w": layout}, ns_steps=5)
     try:
         optimizer.step()
     except ValueError as error:
@@ -152,7 +152,7 @@ def test_a_layout_outside_its_parameter_raises() -> None:
     with pytest.raises(ValueError, match=r"span \(3, 17\)"):
         ShardLayout(global_shape=(4, 4), span=(3, 17))
     with pytest.raises(ValueError, match="nothere"):
-        MuonDist([("w", torch.nn.Parameter(torch.zeros(2, 2)))], layouts={"nothere": ShardLayout(global_shape=(2, 2))}).bind()
+        MuonDist([("w", torch.nn.Parameter(torch.zeros(2, 2)))], layouts={"nothere": ShardLayout(global_shape=(2, 2))}, ns_steps=5).bind()
 
 
 @settings(max_examples=200, deadline=None)
@@ -211,7 +211,7 @@ def fused_rows_under_fsdp2_and_tensor_parallelism() -> float:
     """A fused weight whose rows FSDP2 cuts inside tensor-parallel cuts: its matrices are still its own rows."""
     model = models.place(models.make_bank([(24, 10)], torch.float64), "fsdp2_tp")
     name, sizes = "layers.0.weight", [12, 8, 4]
-    optimizer = MuonDist(build_param_groups(model, split={"weight": sizes}), lr=1.0, weight_decay=0.0)
+    optimizer = MuonDist(build_param_groups(model, split={"weight": sizes}), lr=1.0, weight_decay=0.0, ns_steps=5)
     models.backward(model, 0, "fsdp2_tp")
     before = models.whole_parameters(model)
     reference = ReferenceMuon(before, {name: sizes}, lr=1.0, weight_decay=0.0)

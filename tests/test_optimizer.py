@@ -20,7 +20,7 @@ def one(shape: tuple[int, ...] = (6, 9), dtype: torch.dtype = torch.float64) -> 
 
 
 def muon(*parameters: nn.Parameter, **options: object) -> MuonDist:
-    return MuonDist([{"params": list(parameters), "algorithm": "muon"}], **options)
+    return MuonDist([{"params": list(parameters), "algorithm": "muon"}], **options, ns_steps=5)
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
@@ -84,7 +84,7 @@ def test_zero_gradients_move_nothing_but_decay() -> None:
 
 def test_gradient_accumulation_advances_momentum_once() -> None:
     model, twin = models.make_bank([(6, 5)], torch.float64), models.make_bank([(6, 5)], torch.float64)
-    a, b = MuonDist(model.named_parameters(), lr=0.1), MuonDist(twin.named_parameters(), lr=0.1)
+    a, b = MuonDist(model.named_parameters(), lr=0.1, ns_steps=5), MuonDist(twin.named_parameters(), lr=0.1, ns_steps=5)
     for step in range(3):
         model.zero_grad()
         for micro in range(4):
@@ -115,7 +115,7 @@ def test_matrices_are_what_the_reference_says(name: str) -> None:
     shape, options, sizes = MATRICES[name]
     model = nn.Module()
     model.w = one(shape)
-    optimizer = MuonDist(build_param_groups(model, muon=["w"], **options), lr=1.0, weight_decay=0.1)
+    optimizer = MuonDist(build_param_groups(model, muon=["w"], **options), lr=1.0, weight_decay=0.1, ns_steps=5)
     reference = ReferenceMuon({"w": model.w.detach()}, {"w": sizes}, lr=1.0, weight_decay=0.1)
     for _ in range(3):
         model.w.grad = torch.randn_like(model.w)
@@ -127,8 +127,8 @@ def test_matrices_are_what_the_reference_says(name: str) -> None:
 @pytest.mark.parametrize("adjust", ["match_rms_adamw", "original", "spectral", "none"])
 def test_a_transposed_weight_gets_the_transposed_update(adjust: str) -> None:
     stored, turned = one((6, 20)), nn.Parameter(one((6, 20)).detach().T.contiguous())
-    a = MuonDist([{"params": [stored], "algorithm": "muon", "transpose": True, "split": (15, 5)}], lr=1.0, adjust_lr_fn=adjust)
-    b = MuonDist([{"params": [turned], "algorithm": "muon", "split": (15, 5)}], lr=1.0, adjust_lr_fn=adjust)
+    a = MuonDist([{"params": [stored], "algorithm": "muon", "transpose": True, "split": (15, 5)}], lr=1.0, adjust_lr_fn=adjust, ns_steps=5)
+    b = MuonDist([{"params": [turned], "algorithm": "muon", "split": (15, 5)}], lr=1.0, adjust_lr_fn=adjust, ns_steps=5)
     stored.grad = torch.randn_like(stored)
     turned.grad = stored.grad.T.contiguous()
     a.step()
@@ -160,7 +160,7 @@ def test_adamw_takes_any_layout_in_memory_too() -> None:
         p = nn.Parameter(base.T if turned else base.T.contiguous())
         saved = None
         for part in range(2):
-            optimizer = MuonDist([{"params": [p], "algorithm": "adamw"}], lr=0.1)
+            optimizer = MuonDist([{"params": [p], "algorithm": "adamw"}], lr=0.1, ns_steps=5)
             if saved is not None:
                 optimizer.load_state_dict(saved)
             for seed in (2, 3):
@@ -204,7 +204,7 @@ def test_parameters_that_thaw_go_where_they_would_have_gone() -> None:
     embedding, matrix = nn.Parameter(torch.ones(8, 4), requires_grad=False), nn.Parameter(torch.ones(4, 4), requires_grad=False)
     kernel = nn.Parameter(torch.ones(4, 3, 2, 2), requires_grad=False)
     named = [("wte.weight", embedding), ("block.weight", matrix), ("conv.weight", kernel), ("bias", nn.Parameter(torch.ones(3)))]
-    optimizer = MuonDist(named)
+    optimizer = MuonDist(named, ns_steps=5)
     assert [r.algorithm for r in optimizer.routes if r.name != "bias"] == ["frozen"] * 3
     for _, p in named:
         p.requires_grad_(True)
@@ -240,7 +240,7 @@ def test_replacing_a_group_takes_effect() -> None:
 
 
 def test_a_tensor_learning_rate_belongs_to_one_group() -> None:
-    optimizer = MuonDist(models.make_bank([(6, 5)], torch.float64).named_parameters(), lr=torch.tensor(0.1))
+    optimizer = MuonDist(models.make_bank([(6, 5)], torch.float64).named_parameters(), lr=torch.tensor(0.1), ns_steps=5)
     torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda _: 0.5, lambda _: 0.25])
     assert [float(g["lr"]) for g in optimizer.param_groups] == pytest.approx([0.05, 0.025])
 
@@ -254,7 +254,7 @@ def test_decay_of_half_precision_parameters_is_not_rounded_away() -> None:
 
 def test_closures_schedulers_hooks_pickles_and_copies() -> None:
     model = models.make_bank([(6, 5), (5, 6)], torch.float64)
-    optimizer = MuonDist(model.named_parameters(), lr=0.1, adam_lr=0.01)
+    optimizer = MuonDist(model.named_parameters(), lr=0.1, adam_lr=0.01, ns_steps=5)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     calls = []
     optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
@@ -282,14 +282,14 @@ def test_closures_schedulers_hooks_pickles_and_copies() -> None:
 
 @pytest.mark.parametrize("cycle_momentum", [True, False])
 def test_one_cycle_moves_both_learning_rates(cycle_momentum: bool) -> None:
-    optimizer = MuonDist(models.make_bank([(6, 5)], torch.float64).named_parameters(), lr=0.1)
+    optimizer = MuonDist(models.make_bank([(6, 5)], torch.float64).named_parameters(), lr=0.1, ns_steps=5)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, [0.5, 0.05], total_steps=10, cycle_momentum=cycle_momentum)
     for _ in range(3):
         optimizer.step()
         scheduler.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(10 * optimizer.param_groups[1]["lr"])
     assert (optimizer.param_groups[0]["momentum"] != 0.95) == cycle_momentum
-    fresh = MuonDist(models.make_bank([(6, 5)], torch.float64).named_parameters(), lr=0.1)
+    fresh = MuonDist(models.make_bank([(6, 5)], torch.float64).named_parameters(), lr=0.1, ns_steps=5)
     fresh.load_state_dict(optimizer.state_dict())
     assert [g["lr"] for g in fresh.param_groups] == [g["lr"] for g in optimizer.param_groups]
 
@@ -297,7 +297,7 @@ def test_one_cycle_moves_both_learning_rates(cycle_momentum: bool) -> None:
 def test_frozen_parameters_have_no_state_until_they_are_trainable() -> None:
     model = models.make_bank([(6, 5), (5, 6)], torch.float64)
     model.layers[1].weight.requires_grad_(False)
-    optimizer = MuonDist(model.named_parameters())
+    optimizer = MuonDist(model.named_parameters(), ns_steps=5)
     model(0).backward()
     optimizer.step()
     frozen = model.layers[1].weight
@@ -354,7 +354,7 @@ def test_changing_ns_steps_in_a_group_takes_effect() -> None:
 def test_invalid_hyperparameters_raise(options: dict, words: str) -> None:
     model = models.make_bank([(4, 4)], torch.float32)
     with pytest.raises(ValueError, match=words):
-        MuonDist(model.named_parameters(), **options)
+        MuonDist(model.named_parameters(), **options, ns_steps=5)
 
 
 @pytest.mark.parametrize(
@@ -375,12 +375,12 @@ def test_invalid_hyperparameters_raise(options: dict, words: str) -> None:
 )
 def test_invalid_parameters_raise(params: object, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        MuonDist(params)
+        MuonDist(params, ns_steps=5)
 
 
 def test_sparse_gradients_raise() -> None:
     embedding = nn.Embedding(10, 4, sparse=True)
-    optimizer = MuonDist(build_param_groups(embedding))
+    optimizer = MuonDist(build_param_groups(embedding), ns_steps=5)
     embedding(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(ValueError, match="sparse"):
         optimizer.step()
@@ -388,9 +388,9 @@ def test_sparse_gradients_raise() -> None:
 
 def test_named_parameters_make_one_group_per_algorithm() -> None:
     model = models.make_bank([(6, 5)], torch.float32)
-    optimizer = MuonDist(model.named_parameters(), lr=0.1, muon_lr=0.2, adam_weight_decay=0.0, adam_eps=1e-9)
+    optimizer = MuonDist(model.named_parameters(), lr=0.1, muon_lr=0.2, adam_weight_decay=0.0, adam_eps=1e-9, ns_steps=5)
     muon_group, adamw_group = optimizer.param_groups
     assert (muon_group["algorithm"], muon_group["lr"], muon_group["weight_decay"], muon_group["eps"]) == ("muon", 0.2, 0.1, 1e-20)
     assert (adamw_group["algorithm"], adamw_group["lr"], adamw_group["weight_decay"], adamw_group["eps"]) == ("adamw", 0.1, 0.0, 1e-9)
     assert "momentum" not in adamw_group and "betas" not in muon_group
-    assert len(MuonDist([{"params": [("w", one())], "algorithm": "muon"}]).param_groups) == 1
+    assert len(MuonDist([{"params": [("w", one())], "algorithm": "muon"}], ns_steps=5).param_groups) == 1

@@ -30,7 +30,7 @@ PLACEMENTS = [
 def updates_against_reference(placement: str, shapes: str, dtype: torch.dtype, options: dict) -> float:
     model = models.place(models.make_bank(models.SHAPES[shapes], dtype), placement)
     parameters = models.whole_parameters(model)
-    optimizer = MuonDist(model.named_parameters(), lr=1.0, weight_decay=0.0, **options)
+    optimizer = MuonDist(model.named_parameters(), lr=1.0, weight_decay=0.0, **options, ns_steps=5)
     reference = ReferenceMuon(parameters, models.muon_names(parameters), lr=1.0, weight_decay=0.0)
     worst = 0.0
     for seed in range(3):
@@ -55,7 +55,7 @@ def test_updates_equal_the_reference(placement: str, world: int, shapes: str, dt
 def bf16_wire(placement: str) -> dict[str, torch.Tensor]:
     """One update with an fp32 iteration and bf16 on the wire, from gradients that don't depend on the world size."""
     model = models.place(models.make_bank(models.ODD, torch.float32), placement)
-    optimizer = MuonDist(model.named_parameters(), lr=1.0, weight_decay=0.0, wire_dtype="bf16")
+    optimizer = MuonDist(model.named_parameters(), lr=1.0, weight_decay=0.0, wire_dtype="bf16", ns_steps=5)
     model(0).backward()
     before = models.whole_parameters(model)
     optimizer.step()
@@ -79,7 +79,7 @@ def test_what_stays_at_home_is_rounded_like_what_travels() -> None:
 
 def exact_update() -> dict[str, torch.Tensor]:
     model = models.make_bank(models.ODD, torch.float32)
-    optimizer = MuonDist(model.named_parameters(), lr=1.0, weight_decay=0.0)
+    optimizer = MuonDist(model.named_parameters(), lr=1.0, weight_decay=0.0, ns_steps=5)
     model(0).backward()
     before = models.whole_parameters(model)
     optimizer.step()

@@ -16,7 +16,7 @@ from .recording import Collectives, Recorder
 
 def one_step(placement: str, shapes: list[tuple[int, int]], bucket_mb: float) -> dict:
     model = models.place(models.make_bank(shapes, torch.float32), placement)
-    optimizer = MuonDist(model.named_parameters(), bucket_mb=bucket_mb)
+    optimizer = MuonDist(model.named_parameters(), bucket_mb=bucket_mb, ns_steps=5)
     models.backward(model, 0, placement)
     optimizer.step()  # binds and allocates
     models.backward(model, 1, placement)
@@ -124,7 +124,7 @@ def test_the_next_bucket_travels_while_this_one_is_orthogonalised(world: int) ->
 
 def missing_gradients(placement: str, missing_on: tuple[int, ...], name: str) -> dict:
     model = models.place(models.make_bank(models.ODD, torch.float64), placement)
-    optimizer = MuonDist(model.named_parameters(), lr=1.0, weight_decay=0.1)
+    optimizer = MuonDist(model.named_parameters(), lr=1.0, weight_decay=0.1, ns_steps=5)
     for seed in (0, 1):
         models.backward(model, seed, placement)
         parameters = dict(model.named_parameters())
@@ -159,7 +159,7 @@ def missing_on_some(missing_on: tuple[int, ...]) -> float:
 
     model = models.place(models.make_bank(models.ODD, torch.float64), "fsdp2")
     parameters = models.whole_parameters(model)
-    optimizer = MuonDist(model.named_parameters(), lr=1.0, weight_decay=0.0)
+    optimizer = MuonDist(model.named_parameters(), lr=1.0, weight_decay=0.0, ns_steps=5)
     reference = ReferenceMuon(parameters, models.muon_names(parameters), lr=1.0, weight_decay=0.0)
     worst = 0.0
     for seed in range(2):
@@ -186,7 +186,7 @@ def test_a_gradient_missing_on_some_ranks_counts_as_zero_there(missing_on: tuple
 
 def nonfinite_on_one_rank(placement: str, value: float, mode: str) -> dict:
     model = models.place(models.make_bank(models.ODD, torch.float32), placement)
-    optimizer = MuonDist(model.named_parameters(), lr=1.0, nonfinite=mode)
+    optimizer = MuonDist(model.named_parameters(), lr=1.0, nonfinite=mode, ns_steps=5)
     models.backward(model, 0, placement)
     optimizer.step()
     before, states = models.whole_parameters(model), [{k: models.whole(v) for k, v in s.items()} for s in optimizer.state.values()]
@@ -241,7 +241,7 @@ def torn_replicas(missing_on: int, name: str) -> dict:
     }
     results = []
     for mode in ("skip", "raise"):
-        optimizer = MuonDist(parameters.items(), lr=0.1, nonfinite=mode)
+        optimizer = MuonDist(parameters.items(), lr=0.1, nonfinite=mode, ns_steps=5)
         for p in parameters.values():
             p.grad = torch.ones_like(p)
         if dist.get_rank() == missing_on:
@@ -268,7 +268,7 @@ def test_a_gradient_that_only_some_replicas_have_skips_the_step_on_all(missing_o
 def missing_where_it_is_held() -> list[float]:
     """One row over two ranks: the rank that holds it has no gradient, the other has an empty one."""
     model = models.place(models.make_bank([(1, 5), (4, 4)], torch.float32), "fsdp2")
-    optimizer = MuonDist(model.named_parameters(), lr=0.1)
+    optimizer = MuonDist(model.named_parameters(), lr=0.1, ns_steps=5)
     for seed in (0, 1):
         models.backward(model, seed, "fsdp2")
         bias = model.layers[0].bias

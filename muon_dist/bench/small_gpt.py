@@ -29,21 +29,26 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, width: int) -> None:
+    """Four times as wide inside, or 8/3 with a gate, as in Llama."""
+
+    def __init__(self, width: int, gated: bool) -> None:
         super().__init__()
-        self.up = nn.Linear(width, 4 * width, bias=False)
-        self.down = nn.Linear(4 * width, width, bias=False)
+        inner = 8 * width // 3 if gated else 4 * width
+        self.gate = nn.Linear(width, inner, bias=False) if gated else None
+        self.up = nn.Linear(width, inner, bias=False)
+        self.down = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.down(F.gelu(self.up(x)))
+        inner = F.gelu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x)
+        result: Tensor = self.down(inner)
         return result
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, gated: bool) -> None:
         super().__init__()
         self.norm1, self.attn = nn.RMSNorm(width), Attention(width, heads)
-        self.norm2, self.mlp = nn.RMSNorm(width), MLP(width)
+        self.norm2, self.mlp = nn.RMSNorm(width), MLP(width, gated)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -54,10 +59,10 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The model of configs/models/gpt-5m.json."""
 
-    def __init__(self, *, layers: int, width: int, heads: int, context: int, vocabulary: int = 256) -> None:
+    def __init__(self, *, layers: int, width: int, heads: int, context: int, vocabulary: int = 256, gated: bool = False) -> None:
         super().__init__()
         self.wte, self.wpe = nn.Embedding(vocabulary, width), nn.Embedding(context, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, gated) for _ in range(layers))
         self.norm, self.lm_head = nn.RMSNorm(width), nn.Linear(width, vocabulary, bias=False)
         for name, p in self.named_parameters():
             if p.ndim == 2:

@@ -91,7 +91,7 @@ def _measure(rank: int, world: int, folder: str, shapes: list[tuple[int, int]], 
             result.append(p)
         return result
 
-    mine = MuonDist([{"params": parameters(), "algorithm": "muon"}], lr=1e-3)
+    mine = MuonDist([{"params": parameters(), "algorithm": "muon"}], lr=1e-3, ns_steps=5)
     peer = (TorchMuon if world == 1 else NaiveShardedMuon)(parameters())
     seconds = []
     for _ in range(pairs + 1):

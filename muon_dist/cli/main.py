@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -31,6 +32,20 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--tokens", type=int, default=2**20, help="tokens per step, for the model's FLOPs (default 1,048,576)")
     plan.add_argument("--json", metavar="FILE", help="also write every matrix's owner and every rank's load")
 
+    plan.add_argument("--laws", action="store_true", help="steps per layer as the scaling laws predict them, instead of --ns-steps for all")
+    plan.add_argument("--coverage", type=float, default=0.9, help="for --laws: share of directions to bring near 1 (default .9)")
+
+    spectrum = commands.add_parser("spectrum", help="what a run with telemetry_dir measured: a table per matrix, and a picture")
+    spectrum.add_argument("run", help="the run's telemetry directory")
+    spectrum.add_argument("--picture", metavar="FILE", help="where the picture goes (default RUN/spectrum.png)")
+    spectrum.add_argument("--json", metavar="FILE", help="also write the last measurement of every matrix")
+
+    fit = commands.add_parser("fit", help="scaling laws of singular values per kind of layer, from runs of several sizes")
+    fit.add_argument("runs", nargs="+", help="telemetry directories, or CSV files with kind, depth, params, rank, q, sigma")
+    fit.add_argument("--q", type=float, default=0.5, help="quantile to show: .1, .25, .5, .75 or .9 (default .5)")
+    fit.add_argument("--picture", metavar="FILE", help="plot of the laws with their bands")
+    fit.add_argument("--csv", metavar="FILE", help="also write the observations")
+
     bench = commands.add_parser("bench", help="paired measurements against peers")
     benches = bench.add_subparsers(dest="bench", required=True)
     step = benches.add_parser("step", help="the optimizer step against torch.optim.Muon and a naive sharded Muon")
@@ -38,8 +53,45 @@ def parser() -> argparse.ArgumentParser:
     step.add_argument("--layers", type=int, default=2, help="only its first N layers (default 2)")
     step.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     step.add_argument("--pairs", type=int, default=7, help="paired repetitions (default 7)")
+
+    adaptive = benches.add_parser("adaptive", help="FLOPs and coverage of adaptive step counts on real momentum, part by part")
+    accuracy = benches.add_parser("spectrum", help="estimated quantiles over exact ones")
+    for command in (adaptive, accuracy):
+        command.add_argument("--data", metavar="FILE", nargs="+", help="safetensors files of matrices (default: trains small GPTs)")
+    adaptive.add_argument("--coverage", type=float, nargs="+", default=[0.9, 0.75])
+
+    training = benches.add_parser("training", help="loss of a small GPT with fixed, adaptive and exact orthogonalisation")
+    training.add_argument("--steps", type=int, default=500)
+    training.add_argument("--seeds", type=int, default=3)
+    training.add_argument("--width", type=int, default=128)
+    training.add_argument("--layers", type=int, default=4)
+    training.add_argument("--batch", type=int, default=16)
+    training.add_argument("--context", type=int, default=128)
+    training.add_argument("--lr", type=float, default=4e-3)
+
+    ladder = benches.add_parser("ladder", help="GPTs of several widths, their spectra written for muon-dist fit")
+    ladder.add_argument("--out", required=True, metavar="DIR", help="a directory per width goes here")
+    ladder.add_argument("--widths", type=int, nargs="+", default=[64, 96, 136, 208, 256])
+    ladder.add_argument("--layers", type=int, default=4)
+    ladder.add_argument("--steps", type=int, default=300)
+    ladder.add_argument("--lr", type=float, default=4e-3)
+    ladder.add_argument("--seed", type=int, default=0)
+
+    memory = benches.add_parser("associative-memory", help="a task on which the number of steps visibly matters")
+    memory.add_argument("--horizons", type=int, nargs="+", default=[16, 32, 64, 128, 256], help="numbers of optimizer steps")
+    memory.add_argument("--betas", type=float, nargs="+", default=[1.5, 2.5], help="exponents of the items' frequencies")
+    memory.add_argument("--picture", metavar="FILE")
+
+    overhead = benches.add_parser("overhead", help="what adapting costs, as a share of the optimizer step")
+    overhead.add_argument("--width", type=int, default=256)
+    overhead.add_argument("--layers", type=int, default=6)
+    overhead.add_argument("--cycles", type=int, default=2, help="measuring periods to time")
+
     step.add_argument("--threads", type=int, default=None, help="torch threads per rank (default: cores / ranks, at least 1)")
-    step.add_argument("--json", metavar="FILE", help="also write every repetition")
+    for command in (adaptive, accuracy, training, ladder, memory, overhead):
+        command.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="torch threads")
+    for command in (step, adaptive, accuracy, training, memory, overhead):
+        command.add_argument("--json", metavar="FILE", help="also write every figure")
     return root
 
 
@@ -72,18 +124,52 @@ def _run(arguments: argparse.Namespace) -> int:
             ns_steps=arguments.ns_steps,
             bucket_mb=arguments.bucket_mb,
             tokens=arguments.tokens,
+            laws=arguments.laws,
+            coverage=arguments.coverage,
             json_path=arguments.json,
         )
-    from ..bench import step
+    if arguments.command == "spectrum":
+        from . import spectrum
 
-    return step.run(
-        arguments.model,
-        layers=arguments.layers,
-        ranks=arguments.ranks,
-        pairs=arguments.pairs,
-        threads=arguments.threads,
-        json_path=arguments.json,
-    )
+        return spectrum.run(arguments.run, arguments.picture, arguments.json)
+    if arguments.command == "fit":
+        from . import fit
+
+        return fit.run(arguments.runs, q=arguments.q, picture=arguments.picture, csv_path=arguments.csv)
+    return _bench(arguments)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    options = {key: value for key, value in vars(arguments).items() if key not in ("command", "bench", "json", "data", "coverage", "model")}
+    if "json" in arguments:
+        options["json_path"] = arguments.json
+    if arguments.bench == "step":
+        from ..bench import step
+
+        return step.run(arguments.model, **options)
+    if arguments.bench == "adaptive":
+        from ..bench import adaptive
+
+        return adaptive.run(arguments.data, coverages=arguments.coverage, **options)
+    if arguments.bench == "spectrum":
+        from ..bench import adaptive
+
+        return adaptive.accuracy(arguments.data, **options)
+    if arguments.bench == "training":
+        from ..bench import training
+
+        return training.run(**options)
+    if arguments.bench == "ladder":
+        from ..bench import ladder
+
+        return ladder.run(**options)
+    if arguments.bench == "associative-memory":
+        from ..bench import associative_memory
+
+        return associative_memory.run(**options)
+    from ..bench import overhead
+
+    return overhead.run(**options)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,13 @@ import torch
 
 from ..binding import matrix_tasks
 from ..polar.matrix_view import matrices_of
-from ..polar.polynomials import schedule_for
+from ..polar.newton_schulz import flops
+from ..polar.polynomials import Schedule, schedule_for
 from ..sharding.layout import Fragment, Placement, ShardLayout, fragment_numel
 from ..sharding.plan import MatrixTask, Plan, make_plan
+from ..spectrum.controller import Policy
+from ..spectrum.moments import Spectrum
+from ..spectrum.scaling_law import layer_kind, relative_depths, shipped_laws
 from .models import ModelParameter, model_parameters
 from .table import si, table, write_json
 
@@ -72,21 +77,32 @@ def _blocks(p: ModelParameter, tp: int) -> list[tuple[tuple[int, int], ...]]:
 
 
 def plan_model(
-    parameters: list[ModelParameter], *, dp: int, tp: int, zero: int, ns_steps: int, bucket_mb: float
+    parameters: list[ModelParameter],
+    *,
+    dp: int,
+    tp: int,
+    zero: int,
+    ns_steps: int,
+    bucket_mb: float,
+    schedules: Mapping[str, Sequence[Schedule]] | None = None,
 ) -> tuple[Plan, list[int], list[int]]:
-    """The plan of a job, with every rank's bytes of optimizer state for MuonDist and for AdamW alone."""
+    """The plan of a job, with every rank's bytes of optimizer state for MuonDist and for AdamW alone.
+
+    `schedules`, by parameter and matrix, replace `ns_steps` for all.
+    """
     if min(dp, tp) < 1 or zero not in (0, 1, 2, 3):
         raise ValueError(f"--dp and --tp must be at least 1 and --zero one of 0, 1, 2, 3; got {dp}, {tp}, {zero}")
     if ns_steps < 1 or bucket_mb <= 0:
         raise ValueError(f"--ns-steps must be at least 1 and --bucket-mb above 0; got {ns_steps} and {bucket_mb}")
-    schedule = schedule_for("jordan", ns_steps)
+    fixed = schedule_for("jordan", ns_steps)
     places = placements(parameters, dp, tp, zero)
     muon = [(p, place) for p, place in zip(parameters, places, strict=True) if p.route.view is not None]
     tasks: list[MatrixTask] = []
     for position, (p, _) in enumerate(muon):
         assert p.route.view is not None
         matrices = matrices_of(p.shape, p.route.view, p.name)
-        tasks += matrix_tasks(p.name, position, matrices, [schedule] * len(matrices), torch.bfloat16, torch.bfloat16)
+        own = [fixed] * len(matrices) if schedules is None else schedules[p.name]
+        tasks += matrix_tasks(p.name, position, matrices, own, torch.bfloat16, torch.bfloat16)
     plan = make_plan([place for _, place in muon], tasks, n_ranks=dp * tp, bucket_bytes=int(bucket_mb * 2**20))
     first_owner = {task.parameter: owner for task, owner in zip(plan.matrices, plan.owners, strict=True)}
     positions = {p.name: k for k, (p, _) in enumerate(muon)}
@@ -107,11 +123,52 @@ def plan_model(
     return plan, ours.tolist(), adamw.tolist()
 
 
-def run(config: str, *, dp: int, tp: int, zero: int, ns_steps: int, bucket_mb: float, tokens: int, json_path: str | None) -> int:
+def predict(parameters: list[ModelParameter], coverage: float) -> tuple[dict[str, list[Schedule]], list[dict[str, Any]]]:
+    """Schedules by the shipped scaling laws, for every parameter's matrices; and, per kind and quarter of the depth, what they say:
+    steps, σ at .5 with its deviation, and what five Jordan steps would cover at tol .35.
+    """
+    policy, laws, five = Policy(coverage=coverage), shipped_laws(), schedule_for("jordan", 5)
+    muon = [p for p in parameters if p.route.view is not None]
+    schedules: dict[str, list[Schedule]] = {}
+    rows: dict[tuple[str, float, int], dict[str, Any]] = {}
+    known: dict[tuple[str | None, float, int], tuple[Spectrum, int, float]] = {}
+    for p, depth in zip(muon, relative_depths([p.name for p in muon]), strict=True):
+        assert p.route.view is not None
+        matrices = matrices_of(p.shape, p.route.view, p.name)
+        for part, matrix in enumerate(matrices):
+            kind, rank = layer_kind(p.name, part, len(matrices)), min(matrix.shape)
+            if (kind, depth, rank) not in known:
+                spectrum = laws.spectrum(kind, depth, rank)
+                known[(kind, depth, rank)] = (spectrum, policy.fewest_steps(spectrum)[0], spectrum.coverage(five, tol=0.35)[0])
+            _, steps, covered = known[(kind, depth, rank)]
+            schedules.setdefault(p.name, []).append(policy.schedule(steps))
+            place = (kind or "other", 1.0 if depth == 1 else min(math.ceil(depth * 4) / 4, 0.99), rank)
+            row = rows.setdefault(place, {"matrices": 0, "least": steps, "most": steps, "five": covered})
+            row["matrices"] += 1
+            row["least"], row["most"], row["five"] = min(row["least"], steps), max(row["most"], steps), min(row["five"], covered)
+            row["sigma"], row["deviation"] = laws.quantiles(kind, depth, rank)[0.5]
+    listed = [{"kind": kind, "depth": depth, "rank": rank, **row} for (kind, depth, rank), row in sorted(rows.items())]
+    return schedules, listed
+
+
+def run(
+    config: str,
+    *,
+    dp: int,
+    tp: int,
+    zero: int,
+    ns_steps: int,
+    bucket_mb: float,
+    tokens: int,
+    laws: bool,
+    coverage: float,
+    json_path: str | None,
+) -> int:
     if tokens < 1:
         raise ValueError(f"--tokens must be at least 1, got {tokens}")
     parameters = model_parameters(config)
-    plan, state, adamw = plan_model(parameters, dp=dp, tp=tp, zero=zero, ns_steps=ns_steps, bucket_mb=bucket_mb)
+    schedules, predicted = predict(parameters, coverage) if laws else (None, [])
+    plan, state, adamw = plan_model(parameters, dp=dp, tp=tp, zero=zero, ns_steps=ns_steps, bucket_mb=bucket_mb, schedules=schedules)
     loads = plan.loads()
     total = sum(load.flops for load in loads)
     numel = sum(math.prod(p.shape) for p in parameters)
@@ -121,7 +178,8 @@ def run(config: str, *, dp: int, tp: int, zero: int, ns_steps: int, bucket_mb: f
         "dp": dp,
         "tp": tp,
         "zero": zero,
-        "ns_steps": ns_steps,
+        "ns_steps": "laws" if laws else ns_steps,
+        "predicted": predicted,
         "bucket_mb": bucket_mb,
         "tokens_per_step": tokens,
         "parameters": numel,
@@ -149,8 +207,8 @@ def run(config: str, *, dp: int, tp: int, zero: int, ns_steps: int, bucket_mb: f
     def spread(values: list[int], unit: str) -> tuple[str, str, str]:
         return si(min(values), unit), si(sum(values) / len(values), unit), si(max(values), unit)
 
-    owners = len(set(plan.owners))
-    print(f"{config}: {si(numel)} parameters on {plan.n_ranks} ranks (dp {dp} × tp {tp}, ZeRO {zero}), {ns_steps} Newton–Schulz steps")
+    owners, steps = len(set(plan.owners)), "predicted" if laws else str(ns_steps)
+    print(f"{config}: {si(numel)} parameters on {plan.n_ranks} ranks (dp {dp} × tp {tp}, ZeRO {zero}), {steps} Newton–Schulz steps")
     print(f"{len(plan.matrices)} matrices, {owners} owners, {len(plan.buckets)} buckets of up to {bucket_mb:g} MiB per owner\n")
     rows = [
         ("FLOPs as owner", *spread([load.flops for load in loads], "FLOP")),
@@ -169,5 +227,26 @@ def run(config: str, *, dp: int, tp: int, zero: int, ns_steps: int, bucket_mb: f
         f"{busiest:.2%} as seen by the busiest owner"
     )
     print("Wire in bf16, state in fp32 without masters. Everything here is computed from shapes; nothing was measured.")
+    if laws:
+        report_laws(plan, predicted, coverage)
     write_json(json_path, content)
     return 0
+
+
+def report_laws(plan: Plan, predicted: list[dict[str, Any]], coverage: float) -> None:
+    """Steps per kind and depth, their cost against five fixed steps, and where five steps would fall short."""
+    rows = []
+    for r in predicted:
+        steps = str(r["least"]) if r["least"] == r["most"] else f"{r['least']}–{r['most']}"
+        depth = "last block" if r["depth"] == 1 else f"up to {r['depth']:.2f}"
+        short = "falls short" if r["five"] < coverage - 0.1 else ""
+        sigma = f"{r['sigma']:.1e} ×/÷ {math.exp(r['deviation']):.2f}"
+        rows.append((r["kind"], depth, r["rank"], r["matrices"], sigma, steps, f"{r['five']:.2f}", short))
+    header = ("kind", "depth", "rank", "matrices", "σ at .5 / ‖M‖_F", "steps", "five Jordan steps cover", "")
+    print(
+        f"\nSteps for coverage {coverage:g} as the shipped scaling laws predict them (σ and cover: of the last block in each row's range)"
+    )
+    print(table(header, rows, right=(2, 3, 5, 6)))
+    five = sum(flops(*t.shape, 5) for t in plan.matrices)
+    print(f"Newton–Schulz: {sum(t.flops for t in plan.matrices) / five:.2f}× the FLOPs of five fixed steps, before anything is measured.")
+    print("The laws were fitted on GPT-2 style models of 77M to 2.8B parameters; beyond, they are extrapolated.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -73,6 +74,30 @@ def workspace_bytes(rows: int, cols: int, *, itemsize: int, in_place: bool, defl
     small = min(rows, cols)
     deflated = rows * cols * (itemsize + (4 if itemsize < 4 else 0)) if deflation else 0
     return itemsize * (rows * cols * (1 if in_place else 2) + 2 * small * small) + deflated
+
+
+@overload
+def orthogonalize(
+    x: Tensor,
+    *,
+    steps: int = ...,
+    polynomial: Polynomial = ...,
+    schedule: Schedule | Sequence[Coefficients] | None = ...,
+    compute_dtype: torch.dtype | str | None = ...,
+    return_moments: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def orthogonalize(
+    x: Tensor,
+    *,
+    steps: int = ...,
+    polynomial: Polynomial = ...,
+    schedule: Schedule | Sequence[Coefficients] | None = ...,
+    compute_dtype: torch.dtype | str | None = ...,
+    return_moments: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 @torch.no_grad()
@@ -161,7 +186,7 @@ def orthogonalize_batch(
     else:
         x = batch.div_(norm) if batch.dtype == compute_dtype else (batch / norm).to(compute_dtype)
     if moments is not None:
-        moments[:, 0] = 1.0 if dominant is None else torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float64).square_()
+        moments[:, 0] = 1.0 if dominant is None else _inner(x, x)
     y = torch.empty_like(x)
     # One matrix after the other where a batched product gains nothing: on a CPU the working set then fits its caches
     one_by_one = x.shape[0] == 1 or (x.device.type == "cpu" and min(x.shape[1:]) >= 192)
@@ -202,7 +227,7 @@ def _iterate(x: Tensor, y: Tensor, schedule: Schedule, moments: Tensor | None) -
         multiply_add(x, left, right, beta=a, out=y)
         x, y = y, x
     if moments is not None:
-        moments[..., -1] = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float64).square_()
+        moments[..., -1] = _inner(x, x)
 
 
 def _divide_by_schatten(x: Tensor, gram: Tensor, squared: Tensor | None) -> Tensor:
@@ -232,9 +257,9 @@ def _divide_by_schatten(x: Tensor, gram: Tensor, squared: Tensor | None) -> Tens
 
 
 def _inner(first: Tensor, second: Tensor) -> Tensor:
-    """⟨first, second⟩ of each matrix; products in fp32 at least, their sum in fp64."""
+    """⟨first, second⟩ of each matrix, in fp32 at least."""
     precise = torch.float64 if first.dtype == torch.float64 else torch.float32
-    return (first.to(precise) * second.to(precise)).sum((-2, -1), dtype=torch.float64)
+    return torch.linalg.vecdot(first.to(precise), second.to(precise)).sum(-1, dtype=torch.float64)  # by rows, and over rows in fp64
 
 
 def frobenius_norms(batch: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ class Policy:
         polynomial: "minimax", generated for each step count, or "jordan".
         deflation: dominant directions taken out before the rest is iterated.
         floor: noise floor relative to ‖M‖_F.
+        normalisation: of the generated polynomials; the Jordan family keeps Frobenius.
     """
 
     coverage: float = 0.9
@@ -61,6 +62,7 @@ class Policy:
     polynomial: str = "minimax"
     deflation: int = 0
     floor: float = NOISE_FLOOR
+    normalisation: str = "schatten8"
 
     def __post_init__(self) -> None:
         def number(name: str, low: float, high: float) -> None:
@@ -87,7 +89,7 @@ class Policy:
 
     def schedule(self, steps: int) -> Schedule:
         """The family's schedule of that many steps."""
-        return _schedule(self.polynomial, steps, self.tol, self.deflation)
+        return _schedule(self.polynomial, steps, self.tol, self.deflation, self.normalisation)
 
     @functools.cached_property
     def probe(self) -> int:
@@ -100,15 +102,11 @@ class Policy:
 
         `now` is the step count in use, which asks fewer steps for a margin; `below` as in `Spectrum.coverage`.
         """
-        expected = {
-            k: spectrum.coverage(self.schedule(k), tol=self.tol, floor=self.floor, below=below)[0]
-            for k in range(self.min_ns_steps, self.max_ns_steps + 1)
-        }
-        for k, value in expected.items():
-            if value >= self.coverage + (HYSTERESIS if now is not None and k < now else 0.0):
-                return k, value
-        if now is not None and expected.get(now, 0.0) >= self.coverage:
-            return now, expected[now]
+        expected: dict[int, float] = {}
+        for k in range(self.min_ns_steps, self.max_ns_steps + 1):
+            expected[k] = spectrum.coverage(self.schedule(k), tol=self.tol, floor=self.floor, below=below)[0]
+            if expected[k] >= self.coverage + (HYSTERESIS if now is not None and k < now else 0.0):
+                return k, expected[k]
         best = max(expected.values())
         return next((k, value) for k, value in expected.items() if value >= best - WORTHWHILE)
 
@@ -119,8 +117,11 @@ class Policy:
 
 
 @functools.cache
-def _schedule(polynomial: str, steps: int, tol: float, deflation: int) -> Schedule:
-    chosen = schedule_for("jordan", steps) if polynomial == "jordan" else widest_schedule(steps, tol - BAND_MARGIN)
+def _schedule(polynomial: str, steps: int, tol: float, deflation: int, normalisation: str) -> Schedule:
+    if polynomial == "jordan":
+        chosen = schedule_for("jordan", steps)
+    else:
+        chosen = widest_schedule(steps, round(tol - BAND_MARGIN, 2), normalisation=normalisation)
     return dataclasses.replace(chosen, deflation=deflation)
 
 

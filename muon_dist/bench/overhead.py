@@ -1,0 +1,90 @@
+"""`muon-dist bench overhead`: what adapting costs, as a share of the optimizer step, by where the time goes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..cli.table import table, write_json
+from ..optimizer import MuonDist
+from ..polar.newton_schulz import moment_count, orthogonalize_batch
+from ..spectrum.controller import PROBE_EVERY, Policy
+
+
+def run(*, width: int, layers: int, cycles: int, threads: int, json_path: str | None) -> int:
+    if min(width, layers, cycles, threads) < 1:
+        raise ValueError(f"--width, --layers, --cycles and --threads must be at least 1, got {width}, {layers}, {cycles} and {threads}")
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    shapes = {**dict.fromkeys("qkvo", (width, width)), "up": (4 * width, width), "down": (width, 4 * width)}
+    named = [
+        (f"layers.{k}.{kind}.weight", nn.Parameter(0.02 * torch.randn(shape))) for k in range(layers) for kind, shape in shapes.items()
+    ]
+    policy = Policy()
+    optimizer = MuonDist(named, lr=1e-3, ns_steps="adaptive")
+    decay = torch.logspace(0, -2.5, width)
+    for _, p in named:  # a spectrum of two and a half decades, fixed: what is timed doesn't depend on it
+        p.grad = torch.randn(p.shape) * (decay if p.shape[1] == width else decay[:, None])
+    inside, total = 0.0, 0.0
+    adaptation_calls = ("begin_step", "end_step", "record")
+    optimizer.step()
+    adaptation = optimizer._domains[0].adaptation
+
+    def timed(function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            nonlocal inside
+            started = time.perf_counter()
+            result = function(*args)
+            inside += time.perf_counter() - started
+            return result
+
+        return call
+
+    for name in adaptation_calls:
+        setattr(adaptation, name, timed(getattr(adaptation, name)))
+    for _ in range(policy.burn_in + policy.measure_every):  # all measured once
+        optimizer.step()
+    inside, steps = 0.0, cycles * policy.measure_every
+    for _ in range(steps):
+        started = time.perf_counter()
+        optimizer.step()
+        total += time.perf_counter() - started
+    extra = moments_extra(width, policy)
+    probes = statistics.mean(max(policy.probe - len(s), 0) / len(s) for _, s in optimizer.schedules.values())
+    shares = {
+        "deciding, sharing, bookkeeping on the host": inside / total,
+        f"moments, {extra:.1%} of a measured matrix's iteration, every {policy.measure_every} steps": extra / policy.measure_every,
+        f"probes of the noise floor, every {PROBE_EVERY * policy.measure_every} steps": probes / PROBE_EVERY / policy.measure_every,
+    }
+    matrices, bytes_measured = len(named), 8 * moment_count(round(statistics.mean(len(s) for _, s in optimizer.schedules.values())))
+    print(f"{matrices} matrices of width {width}; {steps} steps of {total / steps * 1e3:.1f} ms; torch {torch.__version__}\n")
+    print(
+        table(
+            ("part", "share of the optimizer step"),
+            [(k, f"{v:.2%}") for k, v in shares.items()] + [("all", f"{sum(shares.values()):.2%}")],
+            right=(1,),
+        )
+    )
+    per_step = bytes_measured * matrices / policy.measure_every
+    print(f"\non the wire, with several ranks: {bytes_measured} bytes per measurement, {per_step:.0f} bytes per step on average")
+    write_json(json_path, {"width": width, "layers": layers, "steps": steps, "milliseconds": total / steps * 1e3, "shares": shares})
+    return 0
+
+
+def moments_extra(width: int, policy: Policy) -> float:
+    """What moments add to the orthogonalisation of a width × 4·width matrix in four steps: the median of pairs."""
+    schedule, ratios = policy.schedule(4), []
+    for _ in range(31):
+        pair = []
+        for measured in (False, True):
+            batch = torch.randn(1, width, 4 * width)
+            moments = torch.zeros(1, moment_count(4), dtype=torch.float64) if measured else None
+            started = time.perf_counter()
+            orthogonalize_batch(batch, schedule, compute_dtype=torch.float32, moments=moments)
+            pair.append(time.perf_counter() - started)
+        ratios.append(pair[1] / pair[0] - 1)
+    return max(0.0, statistics.median(ratios))
