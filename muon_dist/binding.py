@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .adaptation import Adaptation, attach_controllers
-from .groups import fixed_schedule
+from .groups import POLICY_KEYS, fixed_schedule
 from .polar.matrix_view import Matrix, matrices_of
 from .polar.newton_schulz import default_compute_dtype, dtype_named, flops, workspace_bytes
 from .polar.polynomials import Schedule
@@ -390,7 +390,7 @@ def _compare_plans(domain: Domain) -> None:
         return
     lines = [
         f"{b.name or b.position}: {b.route.algorithm} {b.placement.shape} {b.parameter.dtype} "
-        f"{[b.group.get(k) for k in ('lr', 'weight_decay', 'momentum', 'nesterov', 'adjust_lr_fn', 'betas', 'eps')]}"
+        f"{[b.group.get(k) for k in ('lr', 'weight_decay', 'momentum', 'nesterov', 'adjust_lr_fn', 'betas', 'eps', *sorted(POLICY_KEYS))]}"
         for b in domain.parameters
     ]
     digest = hashlib.sha256("\n".join([domain.plan.digest(), *lines]).encode()).digest()

@@ -388,17 +388,18 @@ class MuonDist(torch.optim.Optimizer):
     def _adapt(self) -> None:
         """Let measured spectra take effect, and choose owners anew where step counts have moved the balance."""
         for k, domain in enumerate(self._domains):
+            if domain.adaptation.is_time_for_new_owners() and (better := rebalanced(domain, self._bucket_bytes)) is not None:
+                domain.adaptation.collect()  # into the rows, which the new owners' controllers share
+                self._domains[k] = domain = better
+                self._complete_replicas(better, everywhere=False)
+                for bound in better.parameters:
+                    self._allocate_state(better, bound)
+                self._has_copies = True
             if decided := domain.adaptation.begin_step():
                 domain.regroup()
                 if self._telemetry is not None:
                     params = sum(math.prod(b.placement.shape) for d in self._domains for b in d.parameters)
                     self._telemetry.write(domain.adaptation, decided, params)
-            if domain.adaptation.is_time_for_new_owners() and (better := rebalanced(domain, self._bucket_bytes)) is not None:
-                self._domains[k] = better
-                self._complete_replicas(better, everywhere=False)
-                for bound in better.parameters:
-                    self._allocate_state(better, bound)
-                self._has_copies = True
 
     def _collect_measurements(self) -> None:
         """Bring measurements that are under way into the state."""

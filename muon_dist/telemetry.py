@@ -48,6 +48,9 @@ class Telemetry:
         self._begun: set[int] = set()
         self._writer: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_writer": None}  # a copied optimizer opens its own
+
     def write(self, adaptation: Adaptation, decided: Iterable[int], params: int) -> None:
         """Report the matrices that were decided anew; only the domain's first rank does something.
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from muon_dist import MuonDist, ShardLayout, choose_schedule, orthogonalize
 from muon_dist.measure import measure_spectra
 from muon_dist.polar.scaling import update_scale
-from muon_dist.spectrum.controller import LAG
+from muon_dist.spectrum.controller import LAG, MEASUREMENTS
 from muon_dist.telemetry import read_run
 
 from . import models
@@ -181,8 +181,6 @@ def run_rebalanced() -> dict:
     optimizer = MuonDist(named, lr=1.0, weight_decay=0.0, ns_steps="adaptive", burn_in=0, measure_every=4, momentum=0.5)
     optimizer.bind()
     costly = [i for i, owner in enumerate(optimizer._domains[0].plan.owners) if owner == 0]  # all that rank 0 owns becomes costly
-    whole = MuonDist([(f"blocks.{k}.attn.q.weight", nn.Parameter(p.detach().clone())) for k, p in enumerate(parameters)],
-                     lr=1.0, weight_decay=0.0, momentum=0.5, ns_steps=5, process_group=None)  # fmt: skip
     owners, moved = [], []
     buffers = [torch.zeros(s) for s in shapes]
     for step in range(36):
@@ -195,8 +193,9 @@ def run_rebalanced() -> dict:
     optimizer.consolidate()
     for k, p in enumerate(parameters):
         moved.append(float((optimizer.state[p]["momentum_buffer"] - buffers[k]).norm()))
-    assert whole is not None
-    return {"owners": owners, "moved": moved, "steps": [len(s) for _, s in optimizer.schedules.values()], "costly": costly}
+    counts = [int(optimizer.state[p]["spectrum"][0, MEASUREMENTS]) for p in parameters]
+    steps = [len(s) for _, s in optimizer.schedules.values()]
+    return {"owners": owners, "moved": moved, "steps": steps, "costly": costly, "measurements": counts}
 
 
 def test_owners_are_chosen_anew_when_step_counts_have_moved_and_momentum_moves_along() -> None:
@@ -206,6 +205,7 @@ def test_owners_are_chosen_anew_when_step_counts_have_moved_and_momentum_moves_a
     a, b = first["costly"]
     assert first["owners"][-1][a] != first["owners"][-1][b] and first["steps"][a] > min(first["steps"])
     assert max(first["moved"] + second["moved"]) < 1e-5
+    assert first["measurements"] == second["measurements"] == [9, 9, 8, 8], "measurements under way were lost"
 
 
 def run_telemetry(folder: str) -> int:
