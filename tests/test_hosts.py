@@ -133,6 +133,8 @@ def disagreement(kind: str) -> tuple[str, float]:
             model.layers[0].weight.copy_(model.layers[0].weight[[1, 0, 2, 3, 4, 5, 6, 7]])
     if kind == "steps":
         options["ns_steps"] = 5 if rank == 0 else 4
+    if kind == "coverage":
+        options.update(ns_steps="adaptive", coverage=0.9 if rank == 0 else 0.8)
     if kind == "momentum":
         options["momentum"] = 0.95 if rank == 0 else 0.9
     if kind == "bucket":
@@ -148,7 +150,7 @@ def disagreement(kind: str) -> tuple[str, float]:
         p.grad = torch.ones_like(p)
     started = time.monotonic()
     try:
-        MuonDist(parameters, **options, ns_steps=5).step()
+        MuonDist(parameters, **{"ns_steps": 5, **options}).step()
     except ValueError as error:
         return str(error), time.monotonic() - started
     return "", time.monotonic() - started
@@ -160,6 +162,7 @@ def disagreement(kind: str) -> tuple[str, float]:
         ("replicas", "layers.1.weight has other values"),
         ("swapped", "layers.0.weight has other values"),
         ("steps", "don't agree"),
+        ("coverage", "0.8"),
         ("momentum", "0.9"),
         ("bucket", "don't agree"),
         ("parameters", "rank 1 has"),
