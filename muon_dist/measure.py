@@ -116,8 +116,6 @@ def _shard(name: str, placement: Placement, matrix: Matrix, local: Tensor, me: i
                 blocks[r0] = part
             continue
         for r in range(r0, r1):
-            if c0 == 0:
-                cut[r] = holders[0]
             cut.setdefault(r, holders[0])
         if part is not None:
             mine.append((r0, r1, c0, part))

@@ -41,7 +41,7 @@ def place_parameter(value: torch.Tensor, placement: str) -> nn.Parameter:
 
 def run_planted(placement: str, steps: int, swap_at: int, options: dict) -> dict:
     """Plain momentum 0, so that what is orthogonalised is the gradient; steps used per matrix and step, and the last update."""
-    shapes = [(48, 64), (64, 48), (48, 48), (48, 50), (51, 48)]
+    shapes = [(48, 64), (48, 64), (48, 48), (48, 50), (48, 64)]
     torch.manual_seed(0)
     parameters = [place_parameter(torch.randn(s, dtype=torch.float64), placement) for s in shapes]
     named = [(f"blocks.{k}.attn.q.weight", p) for k, p in enumerate(parameters)]
@@ -60,6 +60,10 @@ def run_planted(placement: str, steps: int, swap_at: int, options: dict) -> dict
                 expected = -orthogonalize(g, schedule=schedule) * update_scale("match_rms_adamw", *g.shape)
                 errors.append(float(((models.whole(p) - b) - expected).norm() / expected.norm()))
     rows = torch.cat([optimizer.state[p]["spectrum"] for p in parameters])
+    domain = optimizer._domains[0]
+    for route in domain.exchange.routes:  # a batch for each shape and schedule that this rank owns, as they stand
+        kinds = [{(domain.plan.matrices[i].shape, domain.adaptation.schedules[i]) for i in batch} for batch in route.batches]
+        assert all(len(kind) == 1 for kind in kinds) and len(set(map(frozenset, kinds))) == len(kinds)
     return {"used": used, "error": max(errors), "rows": rows, "owners": optimizer._domains[0].plan.owners}
 
 

@@ -203,7 +203,7 @@ def spectrum_from_moments(moments: Sequence[float] | Array, schedule: Schedule, 
 def _norms(measured: Array, schedule: Schedule, scale: float) -> dict[str, float]:
     """What each normalisation would divide by, relative to ‖X‖_F, from the moments of the first step."""
     (_, b, c), (u1, u2, up, pp) = schedule.steps[0], measured[:4]
-    u4 = (pp + b * b * u2 - 2 * b * up) / c**2 if c else u2  # P² − 2b·u·P + b²·u² = c²·u⁴
+    u4 = (pp + b * b * u2 - 2 * b * up) / c**2 if c else u2**2  # P² − 2b·u·P + b²·u² = c²·u⁴
     u4 = min(max(u4, u2**2 / u1**2 * u2), u2**2)  # between what Hölder's inequality and the triangle's allow
     return {"frobenius": scale * u1**0.5, "schatten4": scale * u2**0.25, "schatten8": scale * u4**0.125}
 
