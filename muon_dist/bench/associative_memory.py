@@ -110,6 +110,8 @@ def draw(results: list[dict[str, object]], path: str) -> None:
             axis.loglog(r["horizons"], r["excess"], marker="o", label=r["update"])
         axis.set(xlabel="steps T", ylabel="excess loss", title=f"associative memory, β = {beta:g}")
         axis.grid(alpha=0.3, which="both")
-    axes[0][0].legend(frameon=False, fontsize=8)
+        axis.set_xticks(results[0]["horizons"], map(str, results[0]["horizons"]), minor=False)  # type: ignore[call-overload]
+        axis.xaxis.minorticks_off()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
