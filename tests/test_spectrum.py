@@ -148,6 +148,31 @@ def test_deflation_sets_the_dominant_directions_to_one_and_iterates_the_rest_at_
     assert orthogonalize(torch.randn(2, 5), schedule=deflated).isfinite().all()  # more than there are
 
 
+def test_a_warm_start_finds_the_dominant_directions_in_fewer_products() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    schedule = dataclasses.replace(widest_schedule(4), deflation=8)
+    x = planted(falling(120, 1.5), 120, 150)  # no gap after the eighth: two passes from a random start leave something
+    basis = torch.zeros(120, 8, dtype=torch.float64)
+    with FlopCounterMode(display=False) as cold:
+        first = orthogonalize(x, schedule=schedule, basis=basis)
+    torch.testing.assert_close(first, orthogonalize(x, schedule=schedule), rtol=0, atol=1e-12)
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(8, dtype=torch.float64), rtol=0, atol=1e-12)
+    with FlopCounterMode(display=False) as warm:
+        again = orthogonalize(x, schedule=schedule, basis=basis)
+    assert cold.get_total_flops() - warm.get_total_flops() == (2 + 4) * 120 * 150 * 8  # the sketch and one pass
+    for _ in range(20):
+        again = orthogonalize(x, schedule=schedule, basis=basis)
+    s, g = gains(x, again)
+    rest = s[8:] / (s[8:] ** 8).sum() ** 0.125
+    exact = np.concatenate([np.ones(8), image(schedule.steps, rest)])  # type: ignore[arg-type]
+    assert np.abs(g - exact).max() < 0.2 * np.abs(gains(x, first)[1] - exact).max()
+    with pytest.raises(ValueError, match="basis keeps"):
+        orthogonalize(x, schedule=schedule, basis=torch.zeros(120, 4))
+    with pytest.raises(ValueError, match="basis keeps"):
+        orthogonalize(x, basis=torch.zeros(120, 0))
+
+
 def test_flops_count_the_products_of_deflation() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 

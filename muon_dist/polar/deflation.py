@@ -21,24 +21,34 @@ def deflation_flops(rows: int, cols: int, count: int) -> int:
     return (2 + 4 * PASSES + 6) * rows * cols * min(count, rows, cols)
 
 
-def split_dominant(x: Tensor, count: int) -> Tensor:
+def split_dominant(x: Tensor, count: int, basis: Tensor | None = None) -> Tensor:
     """Take the `count` dominant directions out of each matrix of x, (B, m, n), in place; returns their polar factor, (B, m, n).
 
     An orthonormal basis Q of the dominant left directions (right ones where x is tall) comes from a randomised subspace iteration
     (Halko, Martinsson & Tropp, arXiv 0909.4061): x becomes X − QQᵀX, and the result is Q times the polar factor of QᵀX. Where
     σ_count and the one after it are close Q mixes them, which changes the sum of both polar factors little.
+
+    `basis`, (B, min(m, n), count), holds the Q of the last call, or zeros, and is overwritten with this one's. From an earlier Q one
+    pass is enough, and no sketch is taken.
     """
     tall = x.shape[-2] > x.shape[-1]
     wide = x.mT if tall else x
     count = min(count, wide.shape[-2])
-    generator = torch.Generator(x.device).manual_seed(SEED)
-    sketch = torch.randn(wide.shape[-1], count, generator=generator, device=x.device, dtype=torch.float32).to(x.dtype)
-    basis = torch.linalg.qr(wide @ sketch)[0]  # (B, m, count)
-    for _ in range(PASSES):
-        basis = torch.linalg.qr(wide @ (wide.mT @ basis))[0]
-    rows = basis.mT @ wide  # (B, count, n)
-    wide.baddbmm_(basis, rows, alpha=-1)
-    dominant = (basis @ _inverse_root(rows).to(x.dtype)) @ rows
+    warm = basis is not None and bool(basis.any())
+    if warm:
+        assert basis is not None
+        q = basis[..., :count].to(x.dtype)
+    else:
+        generator = torch.Generator(x.device).manual_seed(SEED)
+        sketch = torch.randn(wide.shape[-1], count, generator=generator, device=x.device, dtype=torch.float32).to(x.dtype)
+        q = torch.linalg.qr(wide @ sketch)[0]  # (B, m, count)
+    for _ in range(1 if warm else PASSES):
+        q = torch.linalg.qr(wide @ (wide.mT @ q))[0]
+    if basis is not None:
+        basis[..., :count] = q.to(basis.dtype)
+    rows = q.mT @ wide  # (B, count, n)
+    wide.baddbmm_(q, rows, alpha=-1)
+    dominant = (q @ _inverse_root(rows).to(x.dtype)) @ rows
     return dominant.mT if tall else dominant
 
 

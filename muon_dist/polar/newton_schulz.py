@@ -84,6 +84,7 @@ def orthogonalize(
     polynomial: Polynomial = ...,
     schedule: Schedule | Sequence[Coefficients] | None = ...,
     compute_dtype: torch.dtype | str | None = ...,
+    basis: Tensor | None = ...,
     return_moments: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -96,6 +97,7 @@ def orthogonalize(
     polynomial: Polynomial = ...,
     schedule: Schedule | Sequence[Coefficients] | None = ...,
     compute_dtype: torch.dtype | str | None = ...,
+    basis: Tensor | None = ...,
     return_moments: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -108,6 +110,7 @@ def orthogonalize(
     polynomial: Polynomial = "jordan",
     schedule: Schedule | Sequence[Coefficients] | None = None,
     compute_dtype: torch.dtype | str | None = None,
+    basis: Tensor | None = None,
     return_moments: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The approximate polar factor UVᵀ of each matrix USVᵀ in `x`, by Newton–Schulz.
@@ -121,6 +124,8 @@ def orthogonalize(
             deflation; or a list of (a, b, c), one per step, on x/‖x‖_F.
         compute_dtype: what the products run in (a dtype or a name such as "bf16"). None: fp32 on a CPU, fp64 for fp64 input;
             on an accelerator bf16, or fp16 where the schedule reaches directions that bf16 doesn't resolve.
+        basis: (..., min(m, n), deflation), fp32 or more, zeros at first: where a schedule with deflation keeps the dominant directions it
+            found. Passed again at the next call, on a matrix that changed little, they replace the random start and one of two passes.
         return_moments: also return the moments of the iterates.
 
     Returns:
@@ -139,8 +144,16 @@ def orthogonalize(
     chosen = schedule_for(polynomial, steps) if schedule is None else explicit_schedule(schedule)
     compute = dtype_named(compute_dtype, "compute_dtype") or default_compute_dtype(x.device, x.dtype, chosen)
     batch = x.detach().clone(memory_format=torch.contiguous_format).reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+    if basis is not None:
+        expected = (*x.shape[:-2], min(x.shape[-2:]), chosen.deflation)
+        if tuple(basis.shape) != expected or basis.dtype not in (torch.float32, torch.float64) or not chosen.deflation:
+            raise ValueError(
+                f"basis keeps the directions of a schedule with deflation, as fp32 or fp64 of shape {expected}; "
+                f"got {basis.dtype} of shape {tuple(basis.shape)} for a deflation of {chosen.deflation}"
+            )
+        basis = basis.view(batch.shape[0], *basis.shape[-2:])
     moments = x.new_zeros(batch.shape[0], moment_count(len(chosen)), dtype=torch.float64) if return_moments else None
-    result = orthogonalize_batch(batch, chosen, compute_dtype=compute, moments=moments).to(x.dtype).reshape(x.shape)
+    result = orthogonalize_batch(batch, chosen, compute_dtype=compute, moments=moments, basis=basis).to(x.dtype).reshape(x.shape)
     return result if moments is None else (result, moments.reshape(*x.shape[:-2], -1))
 
 
@@ -157,6 +170,7 @@ def orthogonalize_batch(
     eps: float = 1e-20,
     keep: Tensor | None = None,
     moments: Tensor | None = None,
+    basis: Tensor | None = None,
 ) -> Tensor:
     """Newton–Schulz on (B, m, n): returns (B, m, n) in `compute_dtype`. The input is workspace: its values are lost.
 
@@ -181,7 +195,7 @@ def orthogonalize_batch(
     dominant = None
     if schedule.deflation:  # in fp32 at least, so that what is left is rounded at its own scale
         batch = batch.to(torch.promote_types(batch.dtype, torch.float32)).div_(norm)
-        dominant = split_dominant(batch, schedule.deflation).to(compute_dtype)
+        dominant = split_dominant(batch, schedule.deflation, basis).to(compute_dtype)
         x = batch.to(compute_dtype)
     else:
         x = batch.div_(norm) if batch.dtype == compute_dtype else (batch / norm).to(compute_dtype)
