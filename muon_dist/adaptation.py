@@ -61,6 +61,7 @@ class Adaptation:
         for b in domain.parameters:
             self.controllers += b.controllers or [None] * len(b.matrices)
         self.measuring: dict[int, int] = {}  # matrix -> step count of its measurement at this step
+        self.changed = False  # whether a matrix has another schedule at this step than at the last
         self._buffer = torch.empty(0)
         self._pending: list[_Pending] = []
         adaptive = [c for c in self.controllers if c is not None]
@@ -71,7 +72,7 @@ class Adaptation:
 
     def begin_step(self) -> list[int]:
         """Let due measurements take effect; which matrices were decided anew. Sets what this step measures."""
-        self.measuring = {}
+        self.measuring, self.changed = {}, False
         if not self.active:
             return []
         if any(p.is_due(self.controllers) for p in self._pending):
@@ -81,7 +82,7 @@ class Adaptation:
             if c is None:
                 continue
             if c.due():
-                c.decide()
+                self.changed |= c.decide()
                 decided.append(i)
             if (steps := c.measures_with()) is not None:
                 self.measuring[i] = steps

@@ -395,11 +395,12 @@ class MuonDist(torch.optim.Optimizer):
                 for bound in better.parameters:
                     self._allocate_state(better, bound)
                 self._has_copies = True
-            if decided := domain.adaptation.begin_step():
+            decided = domain.adaptation.begin_step()
+            if domain.adaptation.changed:
                 domain.regroup()
-                if self._telemetry is not None:
-                    params = sum(math.prod(b.placement.shape) for d in self._domains for b in d.parameters)
-                    self._telemetry.write(domain.adaptation, decided, params)
+            if decided and self._telemetry is not None:
+                params = sum(math.prod(b.placement.shape) for d in self._domains for b in d.parameters)
+                self._telemetry.write(domain.adaptation, decided, params)
 
     def _collect_measurements(self) -> None:
         """Bring measurements that are under way into the state."""

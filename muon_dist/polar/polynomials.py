@@ -11,11 +11,12 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Union
+from typing import TypeVar, Union
 
 import numpy as np
 
 Coefficients = tuple[float, float, float]
+Number = TypeVar("Number", float, np.ndarray)
 Polynomial = Union[str, Coefficients, Sequence[Coefficients]]
 
 # Keller Jordan, "Muon: an optimizer for hidden layers in neural networks" (2024). Repeated, it oscillates in about
@@ -191,8 +192,8 @@ def widest_schedule(steps: int, tol: float = TOLERANCE, *, safety: float = SAFET
     return Schedule(greedy_minimax(lower, steps, safety=safety), normalisation)
 
 
-def image(steps: Sequence[Coefficients], x: float) -> float:
-    """What the steps make of a singular value x."""
+def image(steps: Sequence[Coefficients], x: Number) -> Number:
+    """What the steps make of a singular value x, or of each in an array."""
     for a, b, c in steps:
         x = a * x + b * x**3 + c * x**5
     return x

@@ -112,8 +112,13 @@ class Policy:
 
     def prior(self, name: str, part: int, parts: int, depth: float, rank: int) -> int:
         """Steps for a matrix that has not been measured: what the shipped scaling laws predict, on the safe side."""
-        kind = layer_kind(name, part, parts)
-        return self.fewest_steps(shipped_laws().spectrum(kind, depth, max(rank, 1), caution=PRIOR_CAUTION))[0]
+        return _prior(self, layer_kind(name, part, parts), depth, max(rank, 1))
+
+
+@functools.cache
+def _prior(policy: Policy, kind: str | None, depth: float, rank: int) -> int:
+    """Cached, since a model has many matrices alike: experts above all."""
+    return policy.fewest_steps(shipped_laws().spectrum(kind, depth, rank, caution=PRIOR_CAUTION))[0]
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..polar.newton_schulz import moment_count
-from ..polar.polynomials import TOLERANCE, Schedule
+from ..polar.polynomials import TOLERANCE, Schedule, image
 
 Array = np.ndarray
 
@@ -56,12 +56,6 @@ def _spline_basis() -> Array:
 _BASIS = _spline_basis()
 _ROUGHNESS = np.diff(np.eye(KNOTS), 2, axis=0) / STIFFNESS
 _ROUGHNESS = _ROUGHNESS.T @ _ROUGHNESS + 1e-4 * np.eye(KNOTS)
-
-
-def _image(schedule: Schedule, t: Array) -> Array:
-    for a, b, c in schedule.steps:
-        t = t * (a + b * t**2 + c * t**4)
-    return t
 
 
 @functools.lru_cache(maxsize=256)
@@ -139,7 +133,7 @@ class Spectrum:
         where that is known from a measurement that reached it.
         """
         t = np.minimum(np.exp(_POINTS) * (self.scale / self.norms[schedule.normalisation]), 1.0)
-        inside = (np.abs(_image(schedule, t) - 1) <= tol) & (math.log(floor / self.scale) <= _POINTS)
+        inside = (np.abs(image(schedule.steps, t) - 1) <= tol) & (math.log(floor / self.scale) <= _POINTS)
         covered = inside.astype(float)
         share = self.share_below(floor) if below is None else below
         counted = max(self.rank * (1 - share), 1e-9)
@@ -188,7 +182,7 @@ def spectrum_from_moments(moments: Sequence[float] | Array, schedule: Schedule, 
     if not np.isfinite(values).all() or measured[0] <= 1e-12 or left <= 0 or scale <= 0:
         return None
     mass, root = _fit(np.append(measured, left), *_functions(schedule))
-    reached = np.exp(_POINTS[np.argmax(_image(schedule, np.exp(_POINTS)) >= RESOLVED_GAIN)])
+    reached = np.exp(_POINTS[np.argmax(image(schedule.steps, np.exp(_POINTS)) >= RESOLVED_GAIN)])
     return Spectrum(
         mass=mass,
         root=root,
