@@ -33,14 +33,17 @@ def blank_rows(count: int) -> Tensor:
     return rows
 
 
-def attach_controllers(parameters: Sequence[BoundParameter], state: Mapping[Tensor, dict[str, Tensor]]) -> None:
+def attach_controllers(
+    parameters: Sequence[BoundParameter], state: Mapping[Tensor, dict[str, Tensor]], all_names: Sequence[str] = ()
+) -> None:
     """Give the matrices of adaptive groups their controllers, which work on `state[parameter]["spectrum"]` in place.
 
     Rows that are blank, or of another number of matrices since a parameter is split differently now, begin with the prior.
     """
     adaptive = [(b, policy) for b in parameters if b.muon and (policy := policy_of(b.group)) is not None]
-    for (b, policy), depth in zip(adaptive, relative_depths([b.name for b, _ in adaptive]), strict=True):
-        count = len(b.matrices)
+    depths = relative_depths([*(b.name for b, _ in adaptive), *all_names])
+    for (b, policy), depth in zip(adaptive, depths, strict=False):  # the depths of other names are left over
+        b.depth, count = depth, len(b.matrices)
         rows = state[b.parameter].get("spectrum")
         if rows is None or tuple(rows.shape) != (count, ROW_WIDTH):
             rows = state[b.parameter]["spectrum"] = blank_rows(count)

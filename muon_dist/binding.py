@@ -61,6 +61,7 @@ class BoundParameter:
     matrices: tuple[Matrix, ...] = ()
     fixed: Schedule | None = None  # of all its matrices, where step counts don't adapt
     controllers: list[Controller] = field(default_factory=list)  # one per matrix, where they do
+    depth: float = 1.0  # relative, of its block in the model; for controllers and what they report
     compute_dtype: torch.dtype = torch.float32
     wire_dtype: torch.dtype = torch.float32
 
@@ -133,14 +134,16 @@ def bind_domains(
     bucket_bytes: int,
     groups: dict[tuple[int, ...], dist.ProcessGroup],
     state: Mapping[Tensor, dict[str, Tensor]],
+    all_names: Sequence[str] = (),
 ) -> list[Domain]:
     """The domains of the trainable parameters, in an order equal on all ranks. Collective.
 
     `groups` keeps the process groups made here, so that binding again makes none twice. Of `state` only "spectrum" is touched.
+    `all_names`: of the model's other parameters, where `entries` are only some; they tell how deep the model is.
     """
     explicit = _exchange_layouts(entries, process_group, layouts, groups)
-    bound = [_bind_parameter(*entry, process_group, explicit.get(entry[0])) for entry in entries]
-    attach_controllers(bound, state)
+    bound = [_bind_parameter(*entry, process_group, explicit.get(entry[0]), layouts.get(entry[0])) for entry in entries]
+    attach_controllers(bound, state, all_names)
     by_ranks: dict[tuple[int, ...], list[BoundParameter]] = {}
     for b in bound:
         by_ranks.setdefault(b.ranks, []).append(b)
@@ -169,11 +172,13 @@ def _bind_parameter(
     route: Route,
     process_group: dist.ProcessGroup | None,
     explicit: tuple[tuple[int, ...], tuple[int, ...], tuple[Fragment, ...], dist.ProcessGroup | None] | None,
+    layout: ShardLayout | None,
 ) -> BoundParameter:
     local = local_tensor(p.detach())
     device, known = local.device, None
     if explicit is not None:
         shape, ranks, fragments, known = explicit
+        device = device if layout is None or layout.device is None else layout.device
         placement = Placement(name=name, shape=shape, fragments=fragments)
     elif isinstance(p, DTensor):
         shape = tuple(p.shape)

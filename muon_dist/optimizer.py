@@ -163,9 +163,8 @@ class MuonDist(torch.optim.Optimizer):
             "burn_in": burn_in,
             "noise_floor": noise_floor,
         }
-        if telemetry_dir is None and telemetry_sinks:
-            raise ValueError(f"telemetry_sinks={list(telemetry_sinks)} needs a telemetry_dir as well")
-        self._telemetry = None if telemetry_dir is None else Telemetry(telemetry_dir, telemetry_sinks)
+        wanted = telemetry_dir is not None or telemetry_sinks
+        self._telemetry = Telemetry(telemetry_dir, telemetry_sinks) if wanted else None
         self._bucket_bytes = int(bucket_mb * 2**20)
         self._nonfinite = nonfinite
         self._start_unbound(process_group, dict(layouts or {}))
@@ -178,6 +177,9 @@ class MuonDist(torch.optim.Optimizer):
     def _start_unbound(self, process_group: dist.ProcessGroup | None, layouts: dict[str, ShardLayout]) -> None:
         self._process_group = process_group
         self._layouts = layouts
+        # what a host tells of the model where this optimizer has only some of its parameters
+        self._all_names: Sequence[str] = ()
+        self._model_numel = 0
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._domains: list[Domain] = []
         self._flag_group: dist.ProcessGroup | None = None
@@ -265,6 +267,7 @@ class MuonDist(torch.optim.Optimizer):
             bucket_bytes=self._bucket_bytes,
             groups=self._groups,
             state=self.state,
+            all_names=self._all_names,
         )
         self._flag_group = self._agree_on_flag_group()
         for domain in self._domains:
@@ -400,7 +403,7 @@ class MuonDist(torch.optim.Optimizer):
                 domain.regroup()
             if decided and self._telemetry is not None:
                 params = sum(math.prod(b.placement.shape) for d in self._domains for b in d.parameters)
-                self._telemetry.write(domain.adaptation, decided, params)
+                self._telemetry.write(domain.adaptation, decided, self._model_numel or params)
 
     def _collect_measurements(self) -> None:
         """Bring measurements that are under way into the state."""

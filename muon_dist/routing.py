@@ -111,6 +111,7 @@ def build_param_groups(
     adamw: Sequence[str] = (),
     split: Mapping[str, Sequence[int] | int] | None = None,
     transpose: Sequence[str] = (),
+    shapes: Mapping[str, Sequence[int]] | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Parameter groups for `MuonDist`, in which every parameter of `model` has a route and a reason.
@@ -124,6 +125,7 @@ def build_param_groups(
         split: pattern -> sizes along the output dimension, one matrix each: (q, k, v) rows of a fused QKV of equal or
             grouped-query widths, (gate, up) rows, or one integer, the rows of every head.
         transpose: patterns of weights stored (in, out), such as GPT-2's Conv1D.
+        shapes: name -> whole shape of parameters whose tensors are pieces, as under DeepSpeed's `zero.Init` or its AutoTP.
         **options: put into every group, such as lr=... or weight_decay=....
 
     Returns:
@@ -136,6 +138,7 @@ def build_param_groups(
     """
     refuse_fsdp1(model)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    whole_shapes = {name: tuple(p.shape) for name, p in named} | {name: tuple(shape) for name, shape in (shapes or {}).items()}
     names = [name for name, _ in named]
     owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
     for embedding in model.modules():  # a tied weight is an embedding, whichever module comes last
@@ -151,10 +154,10 @@ def build_param_groups(
         module: nn.Module | None = owners.get(id(p))
         asked = algorithms.get(name)
         if asked is not None:
-            route = route_parameter(name, p, algorithm=asked[0], module=module)
+            route = route_parameter(name, p, algorithm=asked[0], module=module, shape=whole_shapes[name])
             route = Route(name=name, algorithm=route.algorithm, reason=f"asked for by {asked[0]}={asked[1]!r}", view=route.view)
         else:
-            route = route_parameter(name, p, module=module)
+            route = route_parameter(name, p, module=module, shape=whole_shapes[name])
             if route.view is not None and head is not None and module is head:
                 reason = f"output head: the last linear layer, its {head.out_features} outputs are the symbols of an embedding"
                 route = Route(name=name, algorithm="adamw", reason=reason)
@@ -167,7 +170,7 @@ def build_param_groups(
             view = MatrixView(kind=route.view.kind, split=sizes, transpose=name in transposes)
             route = Route(name=name, algorithm=route.algorithm, reason=route.reason, view=view)
         if route.view is not None:
-            matrices_of(p.shape, route.view, name)  # sizes that don't add up are said here
+            matrices_of(whole_shapes[name], route.view, name)  # sizes that don't add up are said here
         read_as = route.view
         structure = {} if read_as is None else {"kind": read_as.kind, "split": read_as.split, "transpose": read_as.transpose}
         empty = {"params": [], "algorithm": route.algorithm, "reasons": [], **structure, **options}

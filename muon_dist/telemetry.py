@@ -9,14 +9,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .adaptation import Adaptation
 from .polar.newton_schulz import flops
-from .spectrum.scaling_law import layer_kind, relative_depths
+from .spectrum.scaling_law import layer_kind
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .binding import Domain
 
 SINKS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # sink -> the package it needs
 
@@ -25,31 +28,45 @@ class Telemetry:
     """Writes measurements to a directory.
 
     Args:
-        directory: made where it doesn't exist.
+        directory: made where it doesn't exist. None: no JSON lines.
         sinks: besides JSON lines, any of "tensorboard" and "wandb".
+        send: is called with the step and the values of every measurement, by name, for a host that has sinks of its own.
 
     Raises:
         ValueError: a directory that can't be written, an unknown sink, or one whose package is missing.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], sinks: Sequence[str] = ()) -> None:
-        self.directory = Path(directory)
-        existing = next(p for p in (self.directory, *self.directory.absolute().parents) if p.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-            raise ValueError(
-                f"telemetry_dir {str(directory)!r} can't be written: {existing} is not a directory that this process may write to"
-            )
+    def __init__(
+        self,
+        directory: str | os.PathLike[str] | None,
+        sinks: Sequence[str] = (),
+        send: Callable[[int, Mapping[str, float]], None] | None = None,
+    ) -> None:
+        self.directory = None if directory is None else Path(directory)
+        if self.directory is None and sinks:
+            raise ValueError(f"telemetry_sinks={list(sinks)} needs a telemetry_dir as well")
+        if self.directory is not None:
+            self._check_writable(self.directory)
         if isinstance(sinks, str) or not set(sinks) <= set(SINKS):
             raise ValueError(f"telemetry_sinks is a list of {' and '.join(map(repr, SINKS))}, got {sinks!r}")
         for sink in sinks:
             if importlib.util.find_spec(SINKS[sink]) is None:
                 raise ValueError(f"telemetry_sinks={list(sinks)} needs the package {SINKS[sink]}, which is not installed")
         self.sinks = tuple(sinks)
+        self.send = send
         self._begun: set[int] = set()
         self._writer: Any = None
 
+    @staticmethod
+    def _check_writable(directory: Path) -> None:
+        existing = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+            raise ValueError(
+                f"telemetry_dir {str(directory)!r} can't be written: {existing} is not a directory that this process may write to"
+            )
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_writer": None}  # a copied optimizer opens its own
+        return {**self.__dict__, "_writer": None, "send": None}  # a copied optimizer opens its own
 
     def write(self, adaptation: Adaptation, decided: Iterable[int], params: int) -> None:
         """Report the matrices that were decided anew; only the domain's first rank does something.
@@ -60,8 +77,15 @@ class Telemetry:
         domain = adaptation.domain
         if domain.me != 0:
             return
-        path = self.directory / ("spectrum.jsonl" if domain.ranks[0] == 0 else f"spectrum.rank{domain.ranks[0]}.jsonl")
-        self.directory.mkdir(parents=True, exist_ok=True)
+        lines = [{**line, "params": params} for line in _lines(adaptation, set(decided))]
+        if self.directory is not None:
+            self._append(self.directory, domain, lines, params)
+        for line in lines:
+            self._send(line)
+
+    def _append(self, directory: Path, domain: Domain, lines: Sequence[dict[str, Any]], params: int) -> None:
+        path = directory / ("spectrum.jsonl" if domain.ranks[0] == 0 else f"spectrum.rank{domain.ranks[0]}.jsonl")
+        directory.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             if domain.ranks[0] not in self._begun:
                 self._begun.add(domain.ranks[0])
@@ -73,13 +97,14 @@ class Telemetry:
                     "ranks": len(domain.ranks),
                 }
                 file.write(json.dumps(about) + "\n")
-            for line in _lines(adaptation, set(decided)):
-                file.write(json.dumps({**line, "params": params}) + "\n")
-                self._send(line)
+            for line in lines:
+                file.write(json.dumps(line) + "\n")
 
     def _send(self, line: dict[str, Any]) -> None:
         values = {key: v for key, v in line.items() if key.startswith("sigma") or key in ("ns_steps", "coverage", "flops")}
         values = {f"muon_dist/{line['name']}/{key}": v for key, v in values.items() if v is not None}
+        if self.send is not None:
+            self.send(line["step"], values)
         if "tensorboard" in self.sinks:
             if self._writer is None:
                 from torch.utils.tensorboard import SummaryWriter
@@ -96,8 +121,6 @@ class Telemetry:
 
 def _lines(adaptation: Adaptation, decided: set[int]) -> Iterator[dict[str, Any]]:
     domain = adaptation.domain
-    adaptive = [b for b in domain.parameters if b.controllers]
-    depths = dict(zip(adaptive, relative_depths([b.name for b in adaptive]), strict=True))
     i = -1
     for b in domain.parameters:
         for part, matrix in enumerate(b.matrices):
@@ -110,7 +133,7 @@ def _lines(adaptation: Adaptation, decided: set[int]) -> Iterator[dict[str, Any]
                 "step": int(controller.row[0]),
                 "name": domain.plan.matrices[i].name,
                 "kind": layer_kind(b.name, part, len(b.matrices)),
-                "depth": depths[b],
+                "depth": b.depth,
                 "shape": [matrix.rows, matrix.cols],
                 "rank": min(matrix.shape),
                 **controller.report(),

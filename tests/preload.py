@@ -1,5 +1,10 @@
 """What the server imports once, so that every forked rank starts in a tenth of a second."""
 
+import os
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed  # noqa: F401
 import torch
 import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp

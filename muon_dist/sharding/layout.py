@@ -70,6 +70,7 @@ class ShardLayout:
         group: the process group of all ranks that hold a piece of the parameter. None: the optimizer's.
         replicas: a process group of ranks outside `group` that hold the same pieces, such as data-parallel replicas of a
             tensor-parallel parameter. Replicas inside `group` need no mention; equal pieces are found when ranks bind.
+        device: where its matrices travel and are orthogonalised, if not where the tensor is stored (CPU offload).
 
     Raises:
         ValueError: a block outside the parameter, or a span outside the blocks.
@@ -80,6 +81,7 @@ class ShardLayout:
     span: tuple[int, int] | None = None
     group: ProcessGroup | None = field(default=None, compare=False)
     replicas: ProcessGroup | None = field(default=None, compare=False)
+    device: torch.device | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(int(size) for size in self.global_shape)

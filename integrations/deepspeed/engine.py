@@ -1,0 +1,54 @@
+"""How MuonDist gets into DeepSpeed: a name in torch.optim, a place on its list, and a word with every engine that is built."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import utils as zero_utils
+
+import muon_dist
+
+from .optimizer import MuonDist, building
+from .settings import rates_per_group, refuse_unsupported
+
+
+def register() -> None:
+    """Make `"type": "MuonDist"` known to DeepSpeed. Nothing happens the second time.
+
+    Raises:
+        ImportError: a DeepSpeed that is built differently.
+    """
+    if getattr(torch.optim, "MuonDist", None) is MuonDist:
+        return
+    original = getattr(DeepSpeedEngine, "_configure_optimizer", None)
+    if original is None or not hasattr(zero_utils, "ZERO_SUPPORTED_OPTIMIZERS"):
+        raise ImportError(f"muon_dist was tested with DeepSpeed 0.19.8; deepspeed {deepspeed.__version__} takes optimizers in another way")
+    torch.optim.MuonDist = MuonDist  # type: ignore[attr-defined]  # DeepSpeed looks optimizers up there
+    zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(MuonDist)
+    DeepSpeedEngine._configure_optimizer = _told(original)
+
+
+def _told(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def configure_optimizer(engine: Any, client_optimizer: Any, model_parameters: Any) -> None:
+        if isinstance(client_optimizer, muon_dist.MuonDist):
+            raise ValueError(
+                "deepspeed.initialize got muon_dist.MuonDist, which doesn't know DeepSpeed. Use muon_dist.integrations.deepspeed.MuonDist"
+            )
+        if isinstance(client_optimizer, MuonDist):
+            refuse_unsupported(engine._config)
+            engine._config.zero_force_ds_cpu_optimizer = False  # that rule is for Adam
+        with building(engine):
+            original(engine, client_optimizer, model_parameters)
+        optimizer = engine.basic_optimizer
+        if isinstance(optimizer, MuonDist):
+            optimizer.attach(engine)
+            rates = rates_per_group(engine.scheduler_name(), engine.scheduler_params(), optimizer.rate_ratios())
+            engine._config.scheduler_params = rates
+
+    return configure_optimizer

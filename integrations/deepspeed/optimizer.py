@@ -1,0 +1,379 @@
+"""MuonDist as DeepSpeed sees an optimizer: groups it may rearrange, state it may offload and save, steps in one call or several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from muon_dist.groups import STRUCTURE, group_routes, read_groups
+from muon_dist.polar.polynomials import Schedule
+from muon_dist.routing import Route, build_param_groups, matches
+from muon_dist.sharding.layout import ShardLayout
+from muon_dist.telemetry import Telemetry
+
+from .part import ADAMW_STATE, Part
+from .settings import read_settings, refuse_unsupported
+from .tensor_parallel import all_holders, local_shape, tensor_parallel_group, whole_shape
+from .wrappers import Host, describe
+
+# Keys of groups that are DeepSpeed's
+HOST_KEYS = frozenset({"moe", "name"})
+# What a saved group carries of ours: DeepSpeed's stage 3 loads the first group's keys into all of them
+SAVED = "muon_dist"
+
+_building: list[Any] = []  # the engine that is being built
+
+
+@contextmanager
+def building(engine: Any) -> Iterator[None]:
+    """While an engine configures its optimizer: its model names the parameters, and a step is DeepSpeed's dry one."""
+    _building.append(engine)
+    try:
+        yield
+    finally:
+        _building.pop()
+
+
+class MuonDist(torch.optim.Optimizer):
+    """`muon_dist.MuonDist` for a DeepSpeed engine: `"optimizer": {"type": "MuonDist", "params": {...}}`.
+
+    Args:
+        params: what DeepSpeed passes on, or for `deepspeed.initialize(optimizer=...)` the model's named parameters or groups of
+            them. Groups may have a learning rate, a weight decay and any other hyperparameter of their own.
+        **settings: every argument of `muon_dist.MuonDist` but those that DeepSpeed decides (process_group, layouts, nonfinite), and
+            the patterns "muon", "adamw", "split" and "transpose" of `muon_dist.build_param_groups`. As everywhere in DeepSpeed,
+            "betas" and "eps" are AdamW's; "muon_eps" is the smallest norm that Muon divides by.
+
+    Raises:
+        ValueError: an unknown setting, with the nearest known one; a parameter that can't be routed; settings of DeepSpeed that
+            MuonDist does not support.
+    """
+
+    def __init__(self, params: Iterable[Any], **settings: Any) -> None:
+        arguments, patterns = read_settings(settings)
+        engine = _building[-1] if _building else None
+        self._engine: Any = None
+        self._parts: list[Part] | None = None
+        self._host: Host | None = None
+        self._verdict: Tensor | None = None
+        self._spectra: dict[str, Tensor] = {}
+        self._skipped: Tensor | None = None
+        self._arguments, self._given = arguments, frozenset(settings)
+        self._telemetry: Telemetry | None = None
+        if arguments["telemetry_dir"] is not None or arguments["telemetry_sinks"]:
+            self._telemetry = Telemetry(arguments["telemetry_dir"], arguments["telemetry_sinks"])
+        if engine is None and patterns:
+            raise ValueError(
+                f"{sorted(patterns)} match names, which are not known here. Use a config's optimizer entry, "
+                "pass deepspeed.initialize a function that makes the optimizer, or groups from muon_dist.build_param_groups(model, ...)"
+            )
+        if engine is not None:
+            refuse_unsupported(engine._config)
+            given = _groups_by_name(engine, params, patterns)
+        else:
+            given = _as_groups(params)
+        groups = []
+        for group in given:
+            members = [m if isinstance(m, tuple) else ("", m) for m in group["params"]]
+            shapes = {name: ShardLayout(global_shape=whole_shape(p, name)) for name, p in members if name}
+            options = {key: value for key, value in group.items() if key not in HOST_KEYS}
+            for complete in read_groups([{**options, "params": members}], arguments, shapes):
+                named = [m if isinstance(m, tuple) else ("", m) for m in complete.pop("params")]
+                complete["param_names"], complete["params"] = [n for n, _ in named], [p for _, p in named]
+                groups.append({**complete, **{key: group[key] for key in HOST_KEYS & set(group)}})
+        if engine is not None and engine.has_moe_layers:
+            groups = _split_experts(groups)
+        super().__init__(groups, {})
+        if self._telemetry is not None and all(group.get("ns_steps") != "adaptive" for group in self.param_groups):
+            raise ValueError("telemetry reports what adaptive step counts measure, but no group has ns_steps='adaptive'")
+        self._routes = [route for group in self.param_groups for route, _ in group_routes(group)]
+
+    # ------------------------------------------------------------------------------------------------------------ host
+
+    def attach(self, engine: Any) -> None:
+        """Learn where the engine's wrapper keeps the pieces, and give every store its state. Called when the wrapper is complete."""
+        self._engine = engine
+        tensor_parallel = tensor_parallel_group(engine.mpu)
+        expert_groups = getattr(engine, "expert_data_parallel_group", None) or {}
+
+        def data_parallel(p: Tensor) -> Any:
+            name = getattr(p, "group_name", None)
+            return expert_groups.get(name, engine.seq_data_parallel_group)
+
+        self._host = describe(engine.optimizer, self.param_groups, data_parallel)
+        self._tensor_parallel = tensor_parallel
+        for store in (store for call in self._host.calls for store in call):
+            state, muon = self.state[store.tensor], self.param_groups[store.group]["algorithm"] == "muon"
+            for key in ("momentum_buffer",) if muon else ADAMW_STATE:
+                state[key] = torch.zeros_like(store.tensor, requires_grad=False)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=store.tensor.device)
+        monitor = getattr(engine, "monitor", None)
+        if monitor is not None and monitor.enabled and any(group.get("ns_steps") == "adaptive" for group in self.param_groups):
+            directory, sinks = self._arguments["telemetry_dir"], self._arguments["telemetry_sinks"]
+            self._telemetry = Telemetry(directory, sinks, send=_to_monitor(engine))
+        self._every_group = self.param_groups  # also while a wrapper shows only one
+        self._structure = [{key: group[key] for key in STRUCTURE & set(group) - {"params"}} for group in self.param_groups]
+
+    def _bind(self) -> list[Part]:
+        """The parts; the first call checks them against the parameters' values, on all ranks, and is collective."""
+        if self._parts is not None:
+            return self._parts
+        engine, host = self._engine, self._host
+        assert host is not None  # attached
+        names = {p: name for name, p in engine.module.named_parameters()}
+        made: dict[tuple[int, ...], Any] = {}
+        known: dict[Any, Any] = {}
+
+        def holders(ranks: Any) -> Any:
+            if ranks not in known:
+                known[ranks] = all_holders(ranks, self._tensor_parallel, made)
+            return known[ranks]
+
+        device = torch.device(get_accelerator().current_device_name())
+        parts = [
+            Part(stores, self._every_group, self.state, self._spectra, names, holders, self._tensor_parallel, device)
+            for stores in host.calls
+        ]
+        problem = next(filter(None, (part.mismatch() for part in parts)), "")
+        problems: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+        for rank, found in enumerate(problems):
+            if found:
+                raise ValueError(f"rank {rank}: {found}")
+        trained = [route.name for route in self.routes if route.algorithm == "muon"]
+        numel = sum(math.prod(whole_shape(p, name)) for p, name in names.items() if p.requires_grad)
+        for part in parts:
+            part.optimizer._all_names, part.optimizer._model_numel = trained, numel
+            part.optimizer._telemetry = self._telemetry
+        self._parts = parts
+        return parts
+
+    # ------------------------------------------------------------------------------------------------------------ step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step what DeepSpeed's wrapper has put into the groups. Collective."""
+        if closure is not None:
+            raise ValueError("MuonDist takes no closure under DeepSpeed, whose engine computes the loss")
+        if self._engine is None:
+            if _building:
+                return None  # a wrapper tries a step with zero gradients before it is complete
+            raise ValueError(
+                "this MuonDist is DeepSpeed's: pass it to deepspeed.initialize, import muon_dist.integrations.deepspeed before, and step "
+                "the engine. Without DeepSpeed use muon_dist.MuonDist"
+            )
+        self._take_over_loaded()
+        parts = self._bind()
+        given = {id(t) for group in self.param_groups for t in group["params"]}
+        part = next((part for part in parts if {id(store.tensor) for store in part.stores} == given), None)
+        if part is None:
+            raise ValueError("DeepSpeed stepped tensors that it did not have when it was initialised: this wrapper is not supported")
+        part.step(self._every_group, self._decide(part))
+        return None
+
+    def _decide(self, part: Part) -> Tensor | None:
+        """Whether the step happens: the same for all of its calls. None: the one call asks the gradients itself."""
+        assert self._host is not None and self._parts is not None
+        device = part.stores[0].tensor.device
+        if self._host.checks_gradients:
+            return torch.ones((), dtype=torch.bool, device=device)
+        if len(self._parts) == 1:
+            return None
+        if part is self._parts[0]:
+            grads = [t.grad for t in (store.tensor for store in part.stores) if t.grad is not None] + self._host.pending_gradients()
+            largest = [n.to(device, torch.float64) for n in torch._foreach_norm([g for g in grads if g.numel()], float("inf"))]
+            bad = ~torch.stack(largest).isfinite().all() if largest else torch.zeros((), dtype=torch.bool, device=device)
+            bad = bad.to(get_accelerator().current_device_name(), torch.int32)
+            dist.all_reduce(bad, dist.ReduceOp.MAX)
+            self._skipped = bad if self._skipped is None else self._skipped + bad
+            self._verdict = (bad == 0).to(device)
+        return self._verdict
+
+    def rate_ratios(self) -> list[float]:
+        """Each group's learning rate over the one that was given for all: "lr", or Muon's without it."""
+        base = next((self._arguments[key] for key in ("lr", "muon_lr", "adam_lr") if key in self._given), self._arguments["lr"])
+        return [float(group["lr"]) / base if base else 1.0 for group in self.param_groups]
+
+    @property
+    def routes(self) -> list[Route]:
+        """Every parameter's route, with the reason."""
+        return self._routes
+
+    @property
+    def schedules(self) -> dict[str, tuple[tuple[int, int], Schedule]]:
+        """Every matrix's shape and the schedule that it gets now, by name. Empty before the first step."""
+        return {name: found for part in self._parts or () for name, found in part.schedules.items()}
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that MuonDist left out because a gradient was not finite; DeepSpeed counts those that it leaves out itself."""
+        own = 0 if self._skipped is None else int(self._skipped.item())
+        return own + sum(part.optimizer.skipped_steps for part in self._parts or ())
+
+    # ----------------------------------------------------------------------------------------------------- state dicts
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of every store, as DeepSpeed saves it. Never communicates.
+
+        Momentum is there as "momentum_buffer" and as "exp_avg", the same tensor, beside an "exp_avg_sq" of zeros that takes no room:
+        what DeepSpeed's converter to universal checkpoints looks for. Every group carries the spectra and all groups' settings.
+        """
+        self._take_over_loaded()
+        for part in self._parts or ():
+            part.collect()
+        packed = super().state_dict()
+        state = {}
+        for key, entry in packed["state"].items():
+            momentum = entry.get("momentum_buffer")
+            if momentum is not None and momentum.ndim == 1:
+                entry = {**entry, "exp_avg": momentum, "exp_avg_sq": momentum.new_zeros(()).expand(momentum.shape)}
+            state[key] = entry
+        kept = {
+            "groups": [{k: v for k, v in group.items() if k != "params"} for group in packed["param_groups"]],
+            "spectra": {name: rows.clone() for name, rows in self._spectra.items()},
+        }
+        return {"state": state, "param_groups": [{**group, SAVED: kept} for group in packed["param_groups"]]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict()` returned in a run with the same groups and the same partitions.
+
+        Raises:
+            ValueError: the state of another optimizer, or other groups.
+        """
+        for group in state_dict["param_groups"]:
+            if SAVED not in group:
+                raise ValueError(
+                    "this checkpoint's optimizer state is not MuonDist's. To start from its weights alone: "
+                    "load_checkpoint(..., load_optimizer_states=False)"
+                )
+        super().load_state_dict(state_dict)
+        self._every_group = self.param_groups
+        self._take_over_loaded()
+
+    def _take_over_loaded(self) -> None:
+        """Understand what a checkpoint has left in groups and state; DeepSpeed writes both behind `load_state_dict`, too."""
+        if self._host is None:
+            return
+        for i, group in enumerate(self._every_group):
+            kept = group.pop(SAVED, None)
+            if kept is None:
+                continue
+            saved = kept["groups"][i]
+            if saved["algorithm"] != self._structure[i]["algorithm"]:
+                raise ValueError(
+                    f"group {i} was saved for {saved['algorithm']}, but this optimizer gives it to {self._structure[i]['algorithm']}"
+                )
+            for key in set(group) - {"params"}:
+                del group[key]
+            group.update({**saved, **self._structure[i]})
+            for name, rows in kept["spectra"].items():
+                self._spectra[name] = torch.as_tensor(rows).to("cpu", torch.float64, copy=True)
+        for store in (store for call in self._host.calls for store in call):
+            state = self.state[store.tensor]
+            if self._every_group[store.group]["algorithm"] == "muon" and "exp_avg" in state:
+                momentum = state.pop("exp_avg")
+                state["momentum_buffer"] = momentum.to(store.tensor.device, store.tensor.dtype)
+                state.pop("exp_avg_sq", None)
+            if "step" in state and not (isinstance(state["step"], Tensor) and state["step"].dtype == torch.float32):
+                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=store.tensor.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------- groups
+
+
+def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
+    items = list(params)
+    return [dict(item) for item in items] if items and all(isinstance(item, dict) for item in items) else [{"params": items}]
+
+
+def _groups_by_name(engine: Any, params: Iterable[Any], patterns: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Groups in which the engine's model tells every parameter's name, route and reading as matrices."""
+    model = engine.module
+    names = {p: name for name, p in model.named_parameters()}
+    shapes = {name: whole_shape(p, name) for p, name in names.items()}
+    asked = dict(patterns)
+    taken = [*_listed(asked.get("muon")), *_listed(asked.get("adamw"))]
+    symbols = [name for name in _symbol_weights(model) if not any(matches(pattern, name) for pattern in taken)]
+    asked["adamw"] = [*_listed(asked.get("adamw")), *map(_exactly, symbols)]
+    routed = {}
+    for group in build_param_groups(model, shapes=shapes, **asked):
+        view: dict[str, Any] = {key: group[key] for key in ("kind", "split", "transpose") if key in group}
+        for (name, _), reason in zip(group["params"], group["reasons"], strict=True):
+            routed[name] = (group["algorithm"], view, reason)
+    result: list[dict[str, Any]] = []
+    for group in _as_groups(params):
+        options = {key: value for key, value in group.items() if key != "params"}
+        parts: dict[Any, dict[str, Any]] = {}
+        for member in group["params"]:
+            p = member[1] if isinstance(member, tuple) else member
+            if p not in names:
+                raise ValueError(f"a parameter of shape {local_shape(p)} in model_parameters does not belong to the model")
+            if not p.requires_grad:
+                continue
+            algorithm, view, reason = routed[names[p]]
+            if "algorithm" in options:
+                algorithm, view, reason = options["algorithm"], {}, "asked for"
+            part = parts.setdefault(
+                (algorithm, tuple(view.items())), {**options, **view, "algorithm": algorithm, "params": [], "reasons": []}
+            )
+            part["params"].append((names[p], p))
+            part["reasons"].append(reason)
+        result += parts.values()
+    return result
+
+
+def _listed(patterns: Any) -> list[str]:
+    return [] if patterns is None else [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def _exactly(name: str) -> str:
+    """A pattern that matches this name alone, brackets and all."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name) if any(c in "*?[" for c in name) else f"[{name[0]}]{name[1:]}"
+
+
+def _symbol_weights(model: nn.Module) -> list[str]:
+    """The weights of AutoTP's embeddings and output heads, which are not torch's classes any more."""
+    from deepspeed.module_inject import layers
+
+    kinds = tuple(
+        getattr(layers, kind)
+        for kind in ("EmbeddingLayer", "VocabParallelEmbedding", "HiddenParallelEmbedding", "VocabParallelLinear", "LmHeadLinearAllreduce")
+        if hasattr(layers, kind)
+    )
+    return [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and getattr(module, "weight", None) is not None
+    ]
+
+
+def _split_experts(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups in which experts are by themselves, each expert-parallel size with its name, as DeepSpeed's wrappers expect."""
+    result = []
+    for group in groups:
+        parts: dict[str | None, dict[str, Any]] = {}
+        for name, reason, p in zip(group["param_names"], group["reasons"], group["params"], strict=True):
+            expert = None if getattr(p, "allreduce", True) else p.group_name
+            part = parts.setdefault(expert, {**group, "params": [], "param_names": [], "reasons": []})
+            part["params"].append(p)
+            part["param_names"].append(name)
+            part["reasons"].append(reason)
+        for expert, part in parts.items():
+            result.append(part if expert is None else {**part, "moe": True, "name": expert})
+    return result
+
+
+def _to_monitor(engine: Any) -> Callable[[int, Mapping[str, float]], None]:
+    """Send measurements to the engine's monitor, at its count of samples as DeepSpeed does with the loss."""
+
+    def send(step: int, values: Mapping[str, float]) -> None:
+        engine.monitor.write_events([(name, value, engine.global_samples) for name, value in values.items()])
+
+    return send
