@@ -1,4 +1,4 @@
-"""DeepSpeed engines on CPU ranks for tests: a model that ZeRO cuts at odd elements, and what an engine's optimizer did to whole matrices."""
+"""DeepSpeed engines on CPU ranks: a model that ZeRO cuts at odd elements, and what an engine did to its whole matrices."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-import muon_dist.integrations.deepspeed
 from muon_dist.integrations.deepspeed.tensor_parallel import blocks, tensor_parallel_group, whole_shape
+from torch import Tensor, nn
 
 from .reference import ReferenceMuon
 
@@ -81,6 +79,8 @@ def start(ds_config: dict[str, Any], model: nn.Module | None = None, **options: 
 def train_step(engine: Any, step: int) -> float:
     """One optimizer step, with as many micro-batches as the engine accumulates."""
     loss = torch.zeros(())
+    if hasattr(engine, "train_batch"):  # a pipeline, which accumulates by itself
+        return float(engine.train_batch(engine.batches))
     for micro in range(engine.gradient_accumulation_steps()):
         loss = engine(batch(step, dist.get_rank(engine.data_parallel_group), micro))
         engine.backward(loss)
@@ -88,34 +88,38 @@ def train_step(engine: Any, step: int) -> float:
     return float(loss.detach())
 
 
+def label(p: Any, name: str) -> str:
+    """A parameter's name; an expert's says which expert-parallel rank it lives on, since all of them count from 0."""
+    if getattr(p, "allreduce", True):
+        return name
+    from deepspeed.utils import groups
+
+    return f"{name}@{groups._get_expert_parallel_rank(p.group_name)}"
+
+
 def gather_whole(engine: Any, read: Callable[[Any, Any], Tensor | None]) -> dict[str, Tensor]:
-    """Whole parameters, put together from `read(store, piece)` of every store on every rank, by name."""
-    optimizer = engine.basic_optimizer
+    """Whole parameters, put together from `read(store, piece)` of every store on every rank, by label."""
     names = {p: name for name, p in engine.module.named_parameters()}
     group = tensor_parallel_group(engine.mpu)
     mine = []
-    for store in (store for call in optimizer._host.calls for store in call):
+    for store in (store for call in engine.basic_optimizer._host.calls for store in call):
         for piece in store.pieces:
-            value = read(store, piece)
+            value, p = read(store, piece), piece.parameter
             if value is not None:
-                name, p = names[piece.parameter], piece.parameter
-                mine.append((name, whole_shape(p, name), blocks(p, name, group), piece.start, value.detach().float().reshape(-1).clone()))
+                name = names[p]
+                value = value.detach().float().reshape(-1).clone()
+                mine.append((label(p, name), whole_shape(p, name), blocks(p, name, group), piece.start, value))
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     tensors: dict[str, Tensor] = {}
-    for theirs in everyone:
-        shards: dict[str, Tensor] = {}
-        for name, shape, boxes, start, value in theirs:
-            where = [tuple(slice(a, b) for a, b in box) for box in boxes]
-            whole = tensors.setdefault(name, torch.full(shape, float("nan")))
-            shard = torch.cat([whole[w].reshape(-1) for w in where])
-            shard[start : start + len(value)] = value
-            done = 0
-            for w in where:
-                numel = whole[w].numel()
-                whole[w] = shard[done : done + numel].view(whole[w].shape)
-                done += numel
-        del shards
+    for name, shape, boxes, start, value in (entry for theirs in everyone for entry in theirs):
+        whole = tensors.setdefault(name, torch.full(shape, float("nan")))
+        where = [whole[tuple(slice(a, b) for a, b in box)] for box in boxes]
+        shard = torch.cat([part.reshape(-1) for part in where])
+        shard[start : start + len(value)] = value
+        for part, new in zip(where, shard.split([part.numel() for part in where]), strict=True):
+            part.copy_(new.view(part.shape))
+    assert all(t.isfinite().all() for t in tensors.values())
     return tensors
 
 

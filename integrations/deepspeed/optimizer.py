@@ -141,16 +141,17 @@ class MuonDist(torch.optim.Optimizer):
             Part(stores, self._every_group, self.state, self._spectra, names, holders, self._tensor_parallel, device)
             for stores in host.calls
         ]
-        problem = next(filter(None, (part.mismatch() for part in parts)), "")
-        problems: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-        for rank, found in enumerate(problems):
-            if found:
-                raise ValueError(f"rank {rank}: {found}")
+        sizes = {name: math.prod(whole_shape(p, name)) for p, name in names.items() if p.requires_grad}
         trained = [route.name for route in self.routes if route.algorithm == "muon"]
-        numel = sum(math.prod(whole_shape(p, name)) for p, name in names.items() if p.requires_grad)
+        told: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, (next(filter(None, (part.mismatch() for part in parts)), ""), sizes, trained))
+        for rank, (problem, _, _) in enumerate(told):
+            if problem:
+                raise ValueError(f"rank {rank}: {problem}")
+        all_sizes = {name: numel for _, each, _ in told for name, numel in each.items()}  # of all pipeline stages
         for part in parts:
-            part.optimizer._all_names, part.optimizer._model_numel = trained, numel
+            part.optimizer._all_names = sorted({name for _, _, each in told for name in each})
+            part.optimizer._model_numel = sum(all_sizes.values())
             part.optimizer._telemetry = self._telemetry
         self._parts = parts
         return parts

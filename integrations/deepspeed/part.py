@@ -59,7 +59,7 @@ class Part:
         tensor_parallel_group: Any,
         device: torch.device,
     ) -> None:
-        self.stores, self._state, self._spectra = tuple(stores), state, spectra
+        self.stores, self._state, self._spectra, self._names = tuple(stores), state, spectra, names
         self._views: list[tuple[Store, Piece | None, nn.Parameter, str]] = []
         self._members: dict[int, list[tuple[str, nn.Parameter]]] = {}
         reasons: dict[int, list[str]] = {}
@@ -114,13 +114,13 @@ class Part:
 
     def mismatch(self) -> str:
         """What is wrong with where DeepSpeed says the pieces lie, by their values; "" where all is right."""
-        for store, piece, _, name in self._views:
+        for store, piece, _, _ in self._views:
             for held in store.pieces if piece is None else (piece,):
                 ours = self._of(store, held, store.tensor.detach()).reshape(-1)
                 theirs = held.values()
                 if ours.numel() != theirs.numel() or not torch.equal(ours.to(theirs.device, theirs.dtype), theirs):
                     return (
-                        f"{name if piece is not None else 'a parameter of ' + name} has other values than its piece of DeepSpeed's "
+                        f"{self._names[held.parameter]} has other values than its piece of DeepSpeed's "
                         f"{tuple(store.tensor.shape)} tensor of group {store.group}, at {held.offset}. Either the piece lies elsewhere, "
                         "or the model's weights were changed after deepspeed.initialize without the optimizer's refresh_fp32_params()"
                     )
