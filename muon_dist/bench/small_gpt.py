@@ -16,15 +16,15 @@ TEXT_LIMIT = 20_000_000  # bytes of the standard library's sources that are read
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_size = width // heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, t, d = x.shape
-        q, k, v = (y.view(b, t, self.heads, -1).transpose(1, 2) for y in self.qkv(x).chunk(3, dim=-1))  # (b, heads, t, d/heads)
+        b, t, _ = x.shape  # the number of heads is read off, since tensor parallelism leaves fewer of them
+        q, k, v = (y.view(b, t, -1, self.head_size).transpose(1, 2) for y in self.qkv(x).chunk(3, dim=-1))  # (b, heads, t, head size)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        result: Tensor = self.proj(y.transpose(1, 2).reshape(b, t, d))
+        result: Tensor = self.proj(y.transpose(1, 2).reshape(b, t, -1))
         return result
 
 
