@@ -237,7 +237,7 @@ def scheduled_by_torch() -> list[list[float]]:
 
 
 def test_schedulers_of_torch() -> None:
-    assert run_ranks(1, scheduled_by_torch)[0] == [[1e-2 / k, 0.5 / k] for k in (1, 2, 3)]
+    assert run_ranks(1, scheduled_by_torch)[0] == [pytest.approx([1e-2 / k, 0.5 / k]) for k in (1, 2, 3)]
 
 
 def train_shipped(path: str) -> tuple[list[float], str, set[str]]:

@@ -262,8 +262,10 @@ class MuonDist(torch.optim.Optimizer):
         """Understand what a checkpoint has left in groups and state; DeepSpeed writes both behind `load_state_dict`, too."""
         if self._host is None:
             return
-        for i, group in enumerate(self._every_group):
-            kept = group.pop(SAVED, None)
+        loaded = [group.pop(SAVED, None) for group in self._every_group]
+        if not any(loaded):
+            return
+        for i, (group, kept) in enumerate(zip(self._every_group, loaded, strict=True)):
             if kept is None:
                 continue
             saved = kept["groups"][i]
@@ -282,8 +284,8 @@ class MuonDist(torch.optim.Optimizer):
                 momentum = state.pop("exp_avg")
                 state["momentum_buffer"] = momentum.to(store.tensor.device, store.tensor.dtype)
                 state.pop("exp_avg_sq", None)
-            if "step" in state and not (isinstance(state["step"], Tensor) and state["step"].dtype == torch.float32):
-                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=store.tensor.device)
+            if "step" in state:  # stage 3 loads one tensor for all
+                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=store.tensor.device).clone()
 
 
 # ---------------------------------------------------------------------------------------------------------------- groups
