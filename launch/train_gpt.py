@@ -1,6 +1,7 @@
-"""Train a small byte-level GPT with MuonDist under FSDP2, and the same model with AdamW beside it.
+"""Train a small byte-level GPT with MuonDist under FSDP2 or in DeepSpeed, and the same model with AdamW beside it.
 
     torchrun --standalone --nproc_per_node 2 launch/train_gpt.py --steps 100 --out runs/quickstart
+    deepspeed --num_gpus 2 launch/train_gpt.py --engine deepspeed --deepspeed_config configs/deepspeed/zero2.json
 
 Text: the Python standard library's own sources, or `--data FILE`. Every rank reads its own random windows. Rank 0 prints a line
 of progress (loss, tokens/s, share of the step that the optimizer takes), and at the end a table of both runs and one of what
@@ -19,12 +20,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from engines import telemetry_folder, with_deepspeed, with_fsdp2
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from muon_dist import MuonDist, build_param_groups
 from muon_dist.bench.small_gpt import GPT, read_text, windows
 from muon_dist.cli import spectrum
 
@@ -53,67 +52,26 @@ class Run:
         }
 
 
-def train(name: str, lr: float, text: Tensor, device: torch.device, options: argparse.Namespace) -> Run:
-    rank, world = dist.get_rank(), dist.get_world_size()
+def train(name: str, text: Tensor, device: torch.device, options: argparse.Namespace) -> Run:
     torch.manual_seed(options.seed)
-    model = GPT(layers=options.layers, width=options.width, heads=options.heads, context=options.context).to(device)
-    mesh = init_device_mesh(device.type, (world,))
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    optimizer: torch.optim.Optimizer
-    if name == "MuonDist":
-        optimizer = MuonDist(
-            build_param_groups(model, split={"attn.qkv.weight": [options.width] * 3}),
-            lr=lr,
-            weight_decay=0.1,
-            burn_in=10,  # both far below their defaults, for a run this short
-            measure_every=20,
-            telemetry_dir=telemetry_folder(options),
-        )
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_and_decay(step, options.steps))
-
-    run = Run(optimizer=name, lr=lr, tokens_per_step=options.batch * options.context * world)
+    model = GPT(layers=options.layers, width=options.width, heads=options.heads, context=options.context)
+    engine = {"torch": with_fsdp2, "deepspeed": with_deepspeed}[options.engine](name, model, device, options)
+    run = Run(optimizer=name, lr=engine.lr, tokens_per_step=engine.batch * options.context * engine.shards)
     for step in range(options.steps):
         started = time.perf_counter()
-        tokens, targets = windows(text, options.batch, options.context, options.seed + step * world + rank)
-        loss = model(tokens.to(device), targets.to(device))
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        synchronize(device)
-        inside = time.perf_counter()
-        optimizer.step()
-        synchronize(device)
-        now = time.perf_counter()
-        schedule.step()
-        optimizer.zero_grad()
-        mean = loss.detach().clone()
+        tokens, targets = windows(text, engine.batch, options.context, options.seed + step * engine.shards + engine.shard)
+        loss, seconds = engine.take_step(tokens.to(device), targets.to(device))
+        mean = loss.detach().float().clone()
         dist.all_reduce(mean)
-        run.loss.append(mean.item() / world)
-        run.optimizer_seconds.append(now - inside)
+        run.loss.append(mean.item() / dist.get_world_size())
+        run.optimizer_seconds.append(seconds)
         run.seconds.append(time.perf_counter() - started)
-        if rank == 0:
+        if dist.get_rank() == 0:
             progress(run, step, options.steps)
-    held = (v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+    held = (v for state in engine.optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
     run.state_bytes_per_rank = sum(t.numel() * t.element_size() for t in (v.to_local() if isinstance(v, DTensor) else v for v in held))
-    run.skipped_steps = optimizer.skipped_steps if isinstance(optimizer, MuonDist) else 0
+    run.skipped_steps = getattr(engine.optimizer, "skipped_steps", 0)
     return run
-
-
-def telemetry_folder(options: argparse.Namespace) -> Path:
-    return Path(options.out) / "telemetry"
-
-
-def warm_up_and_decay(step: int, steps: int) -> float:
-    """Up over the first tenth, down to a tenth over the last half, linearly."""
-    return min((step + 1) / max(1, steps // 10), 1.0, 0.1 + 1.8 * (steps - step) / steps)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def progress(run: Run, step: int, steps: int) -> None:
@@ -167,20 +125,31 @@ def draw(runs: list[Run], path: Path) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a small byte-level GPT with MuonDist under FSDP2, and with AdamW beside it.")
+    parser = argparse.ArgumentParser(description="Train a small byte-level GPT with MuonDist, and with AdamW beside it.")
+    parser.add_argument("--engine", choices=["torch", "deepspeed"], default="torch", help="FSDP2, or a DeepSpeed engine")
+    parser.add_argument("--deepspeed_config", metavar="FILE", help="for --engine deepspeed: batch, schedule, clipping and optimizer")
+    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; the environment says the same")
     parser.add_argument("--steps", type=int, default=100, help="steps of each run (default 100)")
     parser.add_argument("--data", metavar="FILE", help="text to train on (default: the Python standard library's sources)")
     parser.add_argument("--out", metavar="DIR", default="runs/quickstart", help="where results.json and loss.png go")
     parser.add_argument("--optimizers", nargs="+", default=["MuonDist", "AdamW"], choices=["MuonDist", "AdamW"])
-    parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate of MuonDist")
+    parser.add_argument("--lr", type=float, help="peak learning rate of MuonDist (default 4e-3, or as the DeepSpeed config says)")
     parser.add_argument("--adamw-lr", type=float, default=5e-4, help="peak learning rate of the AdamW run")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=4, help="windows per rank and step")
+    parser.add_argument("--batch", type=int, help="windows per rank and step (default 4; the DeepSpeed config says it there)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
+    if options.engine == "deepspeed":
+        if options.deepspeed_config is None:
+            parser.error("--engine deepspeed needs --deepspeed_config FILE, such as configs/deepspeed/zero2.json")
+        if options.batch is not None:
+            parser.error("--batch is said by train_micro_batch_size_per_gpu in the DeepSpeed config")
+    elif options.deepspeed_config is not None:
+        parser.error("--deepspeed_config needs --engine deepspeed")
+    options.batch = 4 if options.batch is None else options.batch
     for key in ("steps", "layers", "width", "heads", "context", "batch"):
         if getattr(options, key) < 1:
             parser.error(f"--{key} must be at least 1, got {getattr(options, key)}")
@@ -198,26 +167,25 @@ def main() -> None:
     options = parse()
     text = read_text(options.data)
     if "RANK" not in os.environ:
-        raise SystemExit("start this with torchrun, e.g. torchrun --standalone --nproc_per_node 2 launch/train_gpt.py")
+        raise SystemExit("start this with torchrun or deepspeed, e.g. torchrun --standalone --nproc_per_node 2 launch/train_gpt.py")
     device, gpus = torch.device("cpu"), torch.cuda.device_count()
-    if gpus >= int(os.environ["LOCAL_WORLD_SIZE"]):  # NCCL wants a device for each process
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"])  # torchrun, deepspeed
+    if gpus >= here:  # NCCL wants a device for each process
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     elif gpus and os.environ["RANK"] == "0":
-        print(
-            f"{os.environ['LOCAL_WORLD_SIZE']} processes but {gpus} GPU(s) here: training on the CPU; --nproc {gpus} would use the GPU(s)"
-        )
+        print(f"{here} processes but {gpus} GPU(s) here: training on the CPU; --nproc {gpus} would use the GPU(s)")
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if dist.get_rank() == 0:
         (telemetry_folder(options) / "spectrum.jsonl").unlink(missing_ok=True)  # of an earlier run
         model = GPT(layers=options.layers, width=options.width, heads=options.heads, context=options.context)
         size = sum(p.numel() for p in model.parameters())
+        how = "FSDP2" if options.engine == "torch" else f"DeepSpeed, {options.deepspeed_config}"
         print(
-            f"{size / 1e6:.1f} M parameters, {len(text) / 1e6:.1f} MB of text, {dist.get_world_size()} ranks on {device.type}, FSDP2",
+            f"{size / 1e6:.1f} M parameters, {len(text) / 1e6:.1f} MB of text, {dist.get_world_size()} ranks on {device.type}, {how}",
             flush=True,
         )
-    rates = {"MuonDist": options.lr, "AdamW": options.adamw_lr}
-    runs = [train(name, rates[name], text, device, options) for name in options.optimizers]
+    runs = [train(name, text, device, options) for name in options.optimizers]
     if dist.get_rank() == 0:
         report(runs, options)
     dist.barrier()
