@@ -117,7 +117,7 @@ def test_through_deepspeed(stage: int, tmp_path: Path) -> None:
         assert {(algorithm, decay) for algorithm, decay, _ in run["groups"]} == {
             ("muon", 0.1),
             ("adamw", 0.1),
-        }  # one list, as the Trainer has it
+        }
         assert run["steps"] == {5}
 
 

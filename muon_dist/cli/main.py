@@ -87,10 +87,19 @@ def parser() -> argparse.ArgumentParser:
     overhead.add_argument("--layers", type=int, default=6)
     overhead.add_argument("--cycles", type=int, default=2, help="measuring periods to time")
 
+    deepspeed = benches.add_parser("deepspeed", help="whole training steps in DeepSpeed against its own Muon")
+    deepspeed.add_argument("--ranks", type=int, nargs="+", default=[2])
+    deepspeed.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
+    deepspeed.add_argument("--width", type=int, default=512)
+    deepspeed.add_argument("--layers", type=int, default=4)
+    deepspeed.add_argument("--rounds", type=int, default=7, help="steps of every optimizer that are timed (default 7)")
+    deepspeed.add_argument("--warmup", type=int, default=3, help="steps before (default 3)")
+    deepspeed.add_argument("--offload", action="store_true", help="with the optimizer on the CPU")
+
     step.add_argument("--threads", type=int, default=None, help="torch threads per rank (default: cores / ranks, at least 1)")
     for command in (adaptive, accuracy, training, ladder, memory, overhead):
         command.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="torch threads")
-    for command in (step, adaptive, accuracy, training, memory, overhead):
+    for command in (step, adaptive, accuracy, training, memory, overhead, deepspeed):
         command.add_argument("--json", metavar="FILE", help="also write every figure")
     return root
 
@@ -167,6 +176,10 @@ def _bench(arguments: argparse.Namespace) -> int:
         from ..bench import associative_memory
 
         return associative_memory.run(**options)
+    if arguments.bench == "deepspeed":
+        from ..bench import deepspeed
+
+        return deepspeed.run(**options)
     from ..bench import overhead
 
     return overhead.run(**options)
