@@ -33,6 +33,13 @@ def register() -> None:
     DeepSpeedEngine._configure_optimizer = _told(original)
 
 
+def untag(module: torch.nn.Module) -> None:
+    """Take away the tags by which DeepSpeed applies its own Muon to the gradients of any optimizer that has "muon" in its name."""
+    for p in module.parameters():
+        if hasattr(p, "use_muon"):
+            del p.use_muon
+
+
 def _told(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def configure_optimizer(engine: Any, client_optimizer: Any, model_parameters: Any) -> None:
@@ -42,11 +49,13 @@ def _told(original: Callable[..., None]) -> Callable[..., None]:
             )
         if isinstance(client_optimizer, MuonDist):
             refuse_unsupported(engine._config)
+            untag(engine.module)  # before the wrapper looks
             engine._config.zero_force_ds_cpu_optimizer = False  # that rule is for Adam
         with building(engine):
             original(engine, client_optimizer, model_parameters)
         optimizer = engine.basic_optimizer
         if isinstance(optimizer, MuonDist):
+            untag(engine.module)
             optimizer.attach(engine)
             rates = rates_per_group(engine.scheduler_name(), engine.scheduler_params(), optimizer.rate_ratios())
             engine._config.scheduler_params = rates

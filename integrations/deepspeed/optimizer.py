@@ -128,6 +128,9 @@ class MuonDist(torch.optim.Optimizer):
         engine, host = self._engine, self._host
         assert host is not None  # attached
         names = {p: name for name, p in engine.module.named_parameters()}
+        tagged = [name for p, name in names.items() if getattr(p, "use_muon", False)]
+        if tagged:
+            raise ValueError(f"{tagged[0]} has use_muon=True, by which DeepSpeed applies its own Muon to gradients, too: leave it unset")
         made: dict[tuple[int, ...], Any] = {}
         known: dict[Any, Any] = {}
 
