@@ -13,6 +13,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from deepspeed.accelerator import get_accelerator
 from muon_dist.integrations.deepspeed.tensor_parallel import blocks, tensor_parallel_group, whole_shape
 from torch import Tensor, nn
 
@@ -67,6 +68,9 @@ def config(
         result["bf16"] = {"enabled": True}
     if dtype == "bf16_fp32":
         result["data_types"] = {"grad_accum_dtype": "fp32"}
+    if dtype == "fp16":
+        result["fp16"] = {"enabled": True, "initial_scale_power": 8}
+        get_accelerator().is_fp16_supported = lambda: True  # torch is able to, though DeepSpeed refuses it on most CPUs
     return result
 
 

@@ -43,7 +43,8 @@ def updates(stage: int, dtype: str, tp: int) -> dict[str, float]:
     return result
 
 
-DTYPES = {0: ("fp32", "bf16"), 1: ("fp32", "bf16", "bf16_fp32"), 2: ("fp32", "bf16", "bf16_fp32"), 3: ("fp32", "bf16", "bf16_fp32")}
+ALL = ("fp32", "bf16", "bf16_fp32", "fp16")
+DTYPES = {0: ("fp32", "bf16", "fp16"), 1: ALL, 2: ALL, 3: ALL}
 
 
 @pytest.mark.parametrize("tp", [1, 2])

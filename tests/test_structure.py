@@ -8,6 +8,8 @@ ROOT = Path(__file__).parent.parent
 ALLOWED = {"polar": {"polar"}, "sharding": {"sharding"}, "spectrum": {"spectrum", "polar"}}
 OPTIONAL = {"matplotlib", "wandb", "safetensors"}  # imported only by the function that needs one
 HOSTS = {"deepspeed", "megatron", "transformers", "accelerate", "lightning"}
+# The rooms of integrations/, each with the hosts that it may import.
+INTEGRATIONS = {"deepspeed": {"deepspeed"}, "transformers": {"transformers"}}
 
 
 def imports(path: Path) -> set[str]:
@@ -38,6 +40,15 @@ def test_rooms_import_only_what_the_law_allows() -> None:
             assert not {name.split(".")[0] for name in imports(path)} & HOSTS, f"{path} imports a host framework"
 
 
+def test_integrations_import_their_own_host_only() -> None:
+    rooms = {path.parent.name for path in (ROOT / "integrations").glob("*/__init__.py")}
+    assert rooms == set(INTEGRATIONS)
+    for path in (ROOT / "integrations").glob("*/*.py"):
+        names = {name.split(".")[0] for name in imports(path)}
+        assert names & HOSTS <= INTEGRATIONS[path.parent.name], f"{path} imports {names & HOSTS}"
+        assert not {name for name in imports(path) if name.startswith(("muon_dist.cli", "muon_dist.bench"))}
+
+
 def test_the_reference_imports_torch_only() -> None:
     assert {name.split(".")[0] for name in imports(ROOT / "tests" / "reference.py")} <= {"torch", "math"}
     assert len((ROOT / "tests" / "reference.py").read_text().splitlines()) <= 110
@@ -48,6 +59,7 @@ def test_the_library_needs_only_torch_and_numpy() -> None:
 
     for path in (ROOT / "muon_dist").rglob("*.py"):
         outside = {name.split(".")[0] for name in imports(path)} - {"muon_dist", "torch", "numpy", *sys.stdlib_module_names}
-        assert outside <= OPTIONAL, f"{path} imports {outside}"
+        measured = HOSTS if path.parent.name == "bench" else set()
+        assert outside <= OPTIONAL | measured, f"{path} imports {outside}"
         at_the_top = {alias.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import) for alias in node.names}
-        assert not at_the_top & OPTIONAL, f"{path} needs {at_the_top & OPTIONAL} to be imported"
+        assert not at_the_top & (OPTIONAL | HOSTS), f"{path} needs {at_the_top & (OPTIONAL | HOSTS)} to be imported"
