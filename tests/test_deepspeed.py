@@ -392,3 +392,17 @@ def checkpointed() -> dict[str, float]:
 
 def test_activation_checkpointing() -> None:
     assert worst(2, checkpointed) < FP32
+
+
+def both(stage: int) -> float:
+    """How far the update is from that of DeepSpeed's Muon where that is right: no clipping, no tensor parallelism, fp32."""
+    from .incidents import theirs
+
+    params = {"adjust_lr_fn": "original", "momentum": 0.95}
+    ours = theirs.change(hosts.config(stage, params=params, gradient_clipping=0.0), steps=1)
+    return theirs.differs(ours, theirs.change(theirs.config(stage), steps=1))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_moving_from_deepspeeds_muon(stage: int) -> None:
+    assert max(run_ranks(2, both, stage)) < 1e-3  # its iteration is in Gram space, whose rounding is larger

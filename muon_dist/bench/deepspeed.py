@@ -104,12 +104,12 @@ def run(
             rows += _rows(record)
             print(f"  stage {stage}, {n} ranks done", flush=True)
     print()
-    heads = ("ranks", "stage", "optimizer", "step", "overhead", "over DeepSpeed's", "least … most", "state", "received", "NS calls")
+    heads = ("ranks", "stage", "optimizer", "step", "overhead", "over DeepSpeed's", "least … most", "state", "received", "NS")
     print(table(heads, rows, right=(0, 1, 3, 4, 5, 6, 7, 8, 9)))
     print(
         "\nstep, overhead: of a whole training step, and what of it AdamW doesn't take; medians. over DeepSpeed's: the ratio of "
         "overheads,\nmedian of the rounds; below 1 MuonDist is cheaper. state: what the optimizer holds per rank. received: what its "
-        "collectives\nbring a rank per step beyond AdamW's. NS calls: matrices orthogonalised, all ranks together."
+        "collectives\nbring a rank per step beyond AdamW's. NS: matrices orthogonalised, all ranks together, and the mean of their steps."
     )
     machine = {"torch": torch.__version__, "deepspeed": deepspeed.__version__, "machine": platform.machine(), "cores": cores}
     write_json(json_path, {**machine, "width": width, "layers": layers, "rounds": rounds, "runs": records})
@@ -136,7 +136,7 @@ def _rows(record: dict[str, Any]) -> list[tuple[Any, ...]]:
                 f"{min(ratios):.2f} … {max(ratios):.2f}" if ours else "",
                 f"{record['state'][name] / 2**20:.0f} MiB",
                 "" if name == ADAMW else f"{(record['received'][name] - record['received'][ADAMW]) / 2**20:.2f} MiB",
-                "" if name == ADAMW else record["calls"][name],
+                "" if name == ADAMW else f"{record['calls'][name]} × {record['steps'][name]:.1f}",
             )
         )
     return rows
@@ -235,7 +235,7 @@ def _measure(
             step(engine, 100 + k)
             dist.barrier()
             seconds[name].append(time.perf_counter() - started)
-    received, calls, state = {}, {}, {}
+    received, calls, state, steps = {}, {}, {}, {}
     for name, engine in engines.items():
         count, traffic = [0], Received()
         with _counted(count), traffic:
@@ -243,7 +243,9 @@ def _measure(
         figures = torch.tensor([traffic.bytes / world, float(count[0]), _held(engine) / world], dtype=torch.float64)
         dist.all_reduce(figures)
         received[name], calls[name], state[name] = figures[0].item(), int(figures[1]), figures[2].item()
+        schedules = getattr(engine.basic_optimizer, "schedules", {}).values()
+        steps[name] = statistics.mean(len(schedule) for _, schedule in schedules) if schedules else 5.0
     if rank == 0:
-        torch.save({"seconds": seconds, "received": received, "calls": calls, "state": state}, os.path.join(folder, "record"))
+        torch.save({"seconds": seconds, "received": received, "calls": calls, "state": state, "steps": steps}, os.path.join(folder, "record"))
     dist.barrier()
     dist.destroy_process_group()
