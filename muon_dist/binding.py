@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from .adaptation import Adaptation, attach_controllers
 from .groups import POLICY_KEYS, fixed_schedule
 from .polar.matrix_view import Matrix, matrices_of
-from .polar.newton_schulz import default_compute_dtype, dtype_named, flops, workspace_bytes
+from .polar.newton_schulz import default_compute_dtype, dtype_named, flops_of, workspace_bytes
 from .polar.polynomials import Schedule
 from .routing import Route
 from .sharding.exchange import BucketRoute, Exchange, route_bucket
@@ -255,8 +255,8 @@ def rebalanced(domain: Domain, bucket_bytes: int) -> Domain | None:
 
     Every rank decides alike, since all have the same schedules; the plans are compared nevertheless.
     """
-    schedules = [s for b in domain.parameters for s in b.schedules]
-    work = [flops(*t.shape, len(s), deflation=s.deflation) for t, s in zip(domain.plan.matrices, schedules, strict=True)]
+    scheduled = [(m, s, b.compute_dtype) for b in domain.parameters for m, s in zip(b.matrices, b.schedules, strict=True)]
+    work = [flops_of(*matrix.shape, schedule, dtype) for matrix, schedule, dtype in scheduled]
     busiest = np.bincount(domain.plan.owners, work, domain.plan.n_ranks).max(initial=0.0)
     if busiest * domain.plan.n_ranks <= EVEN_ENOUGH * sum(work):
         return None
@@ -300,7 +300,7 @@ def matrix_tasks(
             parameter=parameter,
             box=matrix.box,
             shape=matrix.shape,
-            flops=flops(*matrix.shape, len(schedule), deflation=schedule.deflation),
+            flops=flops_of(*matrix.shape, schedule, compute_dtype),
             workspace=workspace_bytes(
                 *matrix.shape, itemsize=compute_dtype.itemsize, in_place=compute_dtype == wire_dtype, deflation=schedule.deflation
             ),

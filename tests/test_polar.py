@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from muon_dist import orthogonalize
 from muon_dist.polar.matrix_view import MatrixView, matrices_of
-from muon_dist.polar.newton_schulz import flops, orthogonalize_batch
+from muon_dist.polar.newton_schulz import flops, flops_of, joined_steps, orthogonalize_batch
 from muon_dist.polar.polynomials import JORDAN, Schedule, schedule_for
 from muon_dist.polar.scaling import update_scale
 
@@ -167,13 +167,50 @@ def test_orthogonalize_refuses_what_it_cannot_do(arguments: dict, words: str) ->
         orthogonalize(**{"x": torch.ones(3, 3), **arguments})
 
 
-def test_flops_count_the_products_that_run() -> None:
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16), (24, 24), (20, 40)])
+def test_flops_count_the_products_that_run(shape: tuple[int, int], steps: int) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    for m, n in [(16, 40), (40, 16), (24, 24)]:
-        with FlopCounterMode(display=False) as counter:
-            orthogonalize(torch.randn(m, n), steps=3)
-        assert counter.get_total_flops() == flops(m, n, 3)
+    schedule = schedule_for("jordan", steps)
+    with FlopCounterMode(display=False) as counter:
+        orthogonalize(torch.randn(shape), steps=steps)
+    assert counter.get_total_flops() == flops_of(*shape, schedule, torch.float32)
+    joined = steps // 2 if max(shape) > 2 * min(shape) else 0
+    assert flops_of(*shape, schedule, torch.float32) == flops(*shape, steps, joined=joined) <= flops(*shape, steps)
+    assert flops_of(*shape, schedule, torch.bfloat16) == flops(*shape, steps)
+
+
+@pytest.mark.parametrize("name", ["jordan", "polar_express", "cans", "minimax"])
+@pytest.mark.parametrize("steps", [2, 3, 5, 6])
+@pytest.mark.parametrize("tall", [False, True])
+def test_joined_steps_are_about_as_exact_as_single_ones(name: str, steps: int, tall: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On matrices whose singular values span five decades, in a batch and one by one; the moments too."""
+    from muon_dist.polar import newton_schulz
+
+    torch.manual_seed(0)
+    u, _, vh = torch.linalg.svd(torch.randn(3, 24, 80, dtype=torch.float64), full_matrices=False)
+    x = (u * torch.logspace(0, -5, 24, dtype=torch.float64)) @ vh
+    x = x.mT.contiguous() if tall else x
+    schedule = schedule_for(name, steps)
+    with monkeypatch.context() as patched:
+        patched.setattr(newton_schulz, "joined_steps", lambda *args: ())
+        exact, exact_moments = orthogonalize(x, schedule=schedule, return_moments=True)
+        single = orthogonalize(x.float(), schedule=schedule).double()
+    assert len(joined_steps(schedule.steps, 24, 80, torch.float64)) == steps // 2
+    for part in (slice(None), slice(1), 0):
+        result, moments = orthogonalize(x[part], schedule=schedule, return_moments=True)
+        assert (result - exact[part]).norm() < 1e-12 * exact[part].norm()
+        torch.testing.assert_close(moments, exact_moments[part], rtol=1e-9, atol=1e-12)
+        error = (orthogonalize(x[part].float(), schedule=schedule).double() - exact[part]).norm()
+        assert error < 3 * (single[part] - exact[part]).norm() + 1e-6 * exact[part].norm()
+    assert not joined_steps(schedule.steps, 24, 80, torch.bfloat16) and not joined_steps(schedule.steps, 24, 48, torch.float32)
+
+
+def test_steps_that_would_amplify_rounding_are_not_joined() -> None:
+    steep = ((8.3, -23.6, 17.3), (4.1, -2.9, 0.5), (3.4445, -4.775, 2.0315), (3.4445, -4.775, 2.0315))
+    assert joined_steps(steep, 10, 30, torch.float32) == (1,)  # after 8.3 rounding is 69 times what it was
+    assert joined_steps(steep, 10, 30, torch.float64) == (0, 2)
 
 
 def test_scales() -> None:

@@ -246,6 +246,7 @@ def _measure(
         schedules = getattr(engine.basic_optimizer, "schedules", {}).values()
         steps[name] = statistics.mean(len(schedule) for _, schedule in schedules) if schedules else 5.0
     if rank == 0:
-        torch.save({"seconds": seconds, "received": received, "calls": calls, "state": state, "steps": steps}, os.path.join(folder, "record"))
+        record = {"seconds": seconds, "received": received, "calls": calls, "state": state, "steps": steps}
+        torch.save(record, os.path.join(folder, "record"))
     dist.barrier()
     dist.destroy_process_group()
