@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 from torch.optim.adamw import adamw
 
 from .binding import BoundParameter, local_tensor
@@ -88,15 +89,23 @@ def momentum_forms(
 def adamw_step(
     members: Sequence[BoundParameter], states: Sequence[dict[str, Any]], grads: Mapping[BoundParameter, Tensor | None], go: Tensor
 ) -> None:
-    """torch's fused AdamW on the fragments of one group; it leaves everything alone where `found_inf` says so."""
+    """torch's fused AdamW on the fragments of one group; it leaves everything alone where `found_inf` says so.
+
+    What becomes of an element doesn't depend on its place in a fragment, so replicas that are cut differently stay equal.
+    """
     group, tensors = members[0].group, [b.local for b in members]
-    adamw(
+    steps = [s["step"] for s in states]
+    columns = [
         tensors,
         [_or_zero(grads[b], p) for b, p in zip(members, tensors, strict=True)],
         [local_tensor(s["exp_avg"]) for s in states],
         [local_tensor(s["exp_avg_sq"]) for s in states],
+    ]
+    tails = _pad_tails(columns, steps) if go.device.type == "cpu" else []
+    adamw(
+        *columns,
         [],
-        [s["step"] for s in states],
+        steps,
         fused=True,
         found_inf=(~go).to(torch.float32),
         amsgrad=False,
@@ -107,3 +116,30 @@ def adamw_step(
         eps=group["eps"],
         maximize=False,
     )
+    for tail, padded in tails:
+        tail.copy_(padded[: tail.numel()])
+
+
+def _pad_tails(columns: list[list[Tensor]], steps: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Cut what doesn't fill a vector off the tensors of every column, and add it to the columns as a padded tensor of its own.
+
+    On a CPU the fused kernel rounds the last elements of a tensor, fewer than 64 bytes, differently from all others.
+
+    Returns:
+        (tail, padded): what is to be copied back after the kernel, from the padded tensor's start.
+    """
+    tails: list[tuple[Tensor, Tensor]] = []
+    for k in range(len(steps)):
+        row = [column[k] for column in columns]
+        width = 64 // row[0].element_size()
+        left = row[0].numel() % width
+        if not left or not all(t.is_contiguous() for t in row):
+            continue
+        for column, tensor in zip(columns, row, strict=True):
+            flat = tensor.view(-1)
+            tail = flat[-left:]
+            column[k] = flat[:-left]
+            column.append(F.pad(tail, (0, width - left)))
+            tails.append((tail, column[-1]))
+        steps.append(steps[k].clone())
+    return tails

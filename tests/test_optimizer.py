@@ -152,6 +152,29 @@ def test_parameters_of_any_layout_in_memory_are_updated_in_place(dtype: torch.dt
     assert not torch.equal(straight, decayed)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adamw_does_to_an_element_the_same_wherever_it_lies(dtype: torch.dtype) -> None:
+    """Replicas that are cut differently would drift: torch's fused kernel rounds the last elements of a CPU tensor by themselves."""
+
+    def steps(cuts: list[int]) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(3)
+        whole = torch.randn(1003, generator=generator, dtype=dtype)
+        pieces = [nn.Parameter(piece.clone()) for piece in whole.tensor_split(cuts)]
+        optimizer = MuonDist([{"params": pieces, "algorithm": "adamw"}], lr=0.01, ns_steps=5)
+        for _ in range(5):
+            gradient = torch.randn(1003, generator=generator, dtype=dtype)
+            for p, g in zip(pieces, gradient.tensor_split(cuts), strict=True):
+                p.grad = g.clone()
+            optimizer.step()
+        assert [int(optimizer.state[p]["step"]) for p in pieces] == [5] * len(pieces)
+        kept = [[torch.cat([optimizer.state[p][key] for p in pieces]) for key in ("exp_avg", "exp_avg_sq")]]
+        return torch.stack([torch.cat([p.detach() for p in pieces]), *kept[0]])
+
+    expected = steps([])
+    for cuts in ([1, 2, 9, 16, 500], [7, 600, 601], list(range(5, 1000, 5))):
+        assert torch.equal(steps(cuts), expected), cuts
+
+
 def test_adamw_takes_any_layout_in_memory_too() -> None:
     """torch's fused AdamW walks memory on a CPU: gradients and loaded state in another layout must be brought into the parameter's."""
     ends = []
