@@ -37,6 +37,8 @@ from .sharding.layout import (
 from .sharding.plan import EVEN_ENOUGH, MatrixTask, Plan, make_plan
 from .spectrum.controller import Controller
 
+# Hyperparameters that the ranks of a domain must share: owners use theirs, holders their own.
+COMPARED = ("lr", "weight_decay", "momentum", "nesterov", "adjust_lr_fn", "extra_scale_factor", "betas", "eps")
 TIMEOUT = timedelta(seconds=60)  # how long a rank waits for the others at binding, before it says that they don't agree
 
 
@@ -395,7 +397,7 @@ def _compare_plans(domain: Domain) -> None:
         return
     lines = [
         f"{b.name or b.position}: {b.route.algorithm} {b.placement.shape} {b.parameter.dtype} "
-        f"{[b.group.get(k) for k in ('lr', 'weight_decay', 'momentum', 'nesterov', 'adjust_lr_fn', 'betas', 'eps', *sorted(POLICY_KEYS))]}"
+        f"{[b.group.get(k) for k in (*COMPARED, *sorted(POLICY_KEYS))]}"
         for b in domain.parameters
     ]
     digest = hashlib.sha256("\n".join([domain.plan.digest(), *lines]).encode()).digest()

@@ -102,8 +102,12 @@ def adamw_step(
         [local_tensor(s["exp_avg_sq"]) for s in states],
     ]
     tails = _pad_tails(columns, steps) if go.device.type == "cpu" else []
+    params, gradients, means, squares = columns
     adamw(
-        *columns,
+        params,
+        gradients,
+        means,
+        squares,
         [],
         steps,
         fused=True,

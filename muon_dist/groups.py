@@ -25,7 +25,7 @@ STRUCTURE = frozenset({"params", "param_names", "name", "algorithm", "reasons", 
 POLICY_KEYS = frozenset({"coverage", "tol", "min_ns_steps", "max_ns_steps", "measure_every", "burn_in", "noise_floor"})
 MUON_KEYS = frozenset(
     {"lr", "weight_decay", "momentum", "nesterov", "ns_steps", "polynomial", "deflation", "adjust_lr_fn", "compute_dtype", "wire_dtype"}
-    | {"eps"}
+    | {"eps", "extra_scale_factor"}
     | POLICY_KEYS
 )
 ADAMW_KEYS = frozenset({"lr", "weight_decay", "betas", "eps"})
@@ -177,6 +177,7 @@ def check_group(group: Mapping[str, Any]) -> None:
     if policy_of(group) is None:
         fixed_schedule(group)
     update_scale(group["adjust_lr_fn"], 1, 1)
+    number("extra_scale_factor", 0)
     dtype_named(group["compute_dtype"], "compute_dtype")
     if dtype_named(group["wire_dtype"], "wire_dtype") == torch.float16:
         raise ValueError("wire_dtype can't be fp16: momentum of any size travels, and fp16 can't hold it. Use bf16 or fp32")

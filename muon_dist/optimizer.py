@@ -76,6 +76,7 @@ class MuonDist(torch.optim.Optimizer):
             then scaling laws predict what it needs.
         adjust_lr_fn: "match_rms_adamw" (0.2·√max(rows, cols)), "original" or None (√max(1, rows/cols)), "spectral"
             (√(rows/cols)) or "none".
+        extra_scale_factor: multiplies every update of Muon beside that, and not its weight decay.
         adam_betas, adam_eps: AdamW's.
         compute_dtype: of Newton–Schulz, a dtype or a name ("bf16"). None: bf16 on an accelerator, fp32 on a CPU, fp64 for
             fp64 parameters.
@@ -118,6 +119,7 @@ class MuonDist(torch.optim.Optimizer):
         bucket_mb: float = 64,
         eps: float = 1e-20,
         nonfinite: str = "skip",
+        extra_scale_factor: float = 1.0,
         deflation: int = 0,
         coverage: float | None = None,
         tol: float | None = None,
@@ -154,6 +156,7 @@ class MuonDist(torch.optim.Optimizer):
             "compute_dtype": compute_dtype,
             "wire_dtype": wire_dtype,
             "eps": eps,
+            "extra_scale_factor": extra_scale_factor,
             "deflation": deflation,
             "coverage": coverage,
             "tol": tol,
@@ -481,7 +484,9 @@ class MuonDist(torch.optim.Optimizer):
         by_factor: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
         for leg, update in updates:
             bound, matrix = domain.parameters[leg.parameter], domain.matrices[leg.matrix]
-            factor = -float(bound.group["lr"]) * update_scale(bound.group["adjust_lr_fn"], matrix.rows, matrix.cols)
+            group = bound.group
+            scale = group["extra_scale_factor"] * update_scale(group["adjust_lr_fn"], matrix.rows, matrix.cols)
+            factor = -float(group["lr"]) * scale
             assert leg.view is not None  # updates are for holders
             targets, sources = by_factor.setdefault(factor, ([], []))
             targets.append(leg.view.of(bound.local))

@@ -20,13 +20,18 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.preload"])
 
 
-def run_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float = 120, backend: str = "gloo") -> list[Any]:
-    """`function(*args)` on n ranks of one process group; what each returned, by rank. `function` lives in a module."""
+def run_ranks(
+    n: int, function: Callable[..., Any], *args: Any, timeout: float = 120, backend: str = "gloo", children: bool = False
+) -> list[Any]:
+    """`function(*args)` on n ranks of one process group; what each returned, by rank. `function` lives in a module.
+
+    `children`: ranks start processes of their own, as checkpoint writers do.
+    """
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(n):
             ours, theirs = _context.Pipe()
-            process = _context.Process(target=_rank, args=(theirs, rank, n, folder, backend, function, args), daemon=True)
+            process = _context.Process(target=_rank, args=(theirs, rank, n, folder, backend, function, args), daemon=not children)
             process.start()
             theirs.close()
             pipes.append(ours)

@@ -9,7 +9,7 @@ ALLOWED = {"polar": {"polar"}, "sharding": {"sharding"}, "spectrum": {"spectrum"
 OPTIONAL = {"matplotlib", "wandb", "safetensors"}  # imported only by the function that needs one
 HOSTS = {"deepspeed", "megatron", "transformers", "accelerate", "lightning"}
 # The rooms of integrations/, each with the hosts that it may import.
-INTEGRATIONS = {"deepspeed": {"deepspeed"}, "transformers": {"transformers"}}
+INTEGRATIONS = {"deepspeed": {"deepspeed"}, "megatron": {"megatron"}, "transformers": {"transformers"}}
 
 
 def imports(path: Path) -> set[str]:
@@ -47,6 +47,8 @@ def test_integrations_import_their_own_host_only() -> None:
         names = {name.split(".")[0] for name in imports(path)}
         assert names & HOSTS <= INTEGRATIONS[path.parent.name], f"{path} imports {names & HOSTS}"
         assert not {name for name in imports(path) if name.startswith(("muon_dist.cli", "muon_dist.bench"))}
+    for path in (ROOT / "integrations").glob("*.py"):  # what they share
+        assert not {name.split(".")[0] for name in imports(path)} & HOSTS, f"{path} imports a host framework"
 
 
 def test_the_reference_imports_torch_only() -> None:

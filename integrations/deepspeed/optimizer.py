@@ -18,9 +18,10 @@ from muon_dist.routing import Route, build_param_groups, matches
 from muon_dist.sharding.layout import ShardLayout
 from muon_dist.telemetry import Telemetry
 
-from .part import ADAMW_STATE, Part
+from ..part import Part, all_holders, new_state, not_finite
 from .settings import read_settings, refuse_unsupported
-from .tensor_parallel import all_holders, local_shape, tensor_parallel_group, whole_shape
+from .tensor_parallel import local_shape, tensor_parallel_group, whole_shape
+from .views import mismatch, views_of
 from .wrappers import Host, describe
 
 # Keys of groups that are DeepSpeed's
@@ -60,7 +61,7 @@ class MuonDist(torch.optim.Optimizer):
         arguments, patterns = read_settings(settings)
         engine = _building[-1] if _building else None
         self._engine: Any = None
-        self._parts: list[Part] | None = None
+        self._parts: list[Part] | None = None  # one for each of the host's calls
         self._host: Host | None = None
         self._verdict: Tensor | None = None
         self._spectra: dict[str, Tensor] = {}
@@ -110,10 +111,7 @@ class MuonDist(torch.optim.Optimizer):
         self._host = describe(engine.optimizer, self.param_groups, data_parallel)
         self._tensor_parallel = tensor_parallel
         for store in (store for call in self._host.calls for store in call):
-            state, muon = self.state[store.tensor], self.param_groups[store.group]["algorithm"] == "muon"
-            for key in ("momentum_buffer",) if muon else ADAMW_STATE:
-                state[key] = torch.zeros_like(store.tensor, requires_grad=False)
-            state["step"] = torch.zeros((), dtype=torch.float32, device=store.tensor.device)
+            self.state[store.tensor] = new_state(store.tensor, self.param_groups[store.group]["algorithm"])
         monitor = getattr(engine, "monitor", None)
         if monitor is not None and monitor.enabled and any(group.get("ns_steps") == "adaptive" for group in self.param_groups):
             directory, sinks = self._arguments["telemetry_dir"], self._arguments["telemetry_sinks"]
@@ -140,14 +138,12 @@ class MuonDist(torch.optim.Optimizer):
             return known[ranks]
 
         device = torch.device(get_accelerator().current_device_name())
-        parts = [
-            Part(stores, self._every_group, self.state, self._spectra, names, holders, self._tensor_parallel, device)
-            for stores in host.calls
-        ]
+        views = [views_of(stores, self._every_group, names, holders, self._tensor_parallel, device) for stores in host.calls]
+        parts = [Part(each, self._every_group, lambda tensor: self.state[tensor], self._spectra) for each in views]
         sizes = {name: math.prod(whole_shape(p, name)) for p, name in names.items() if p.requires_grad}
         trained = [route.name for route in self.routes if route.algorithm == "muon"]
         told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, (next(filter(None, (part.mismatch() for part in parts)), ""), sizes, trained))
+        dist.all_gather_object(told, (next(filter(None, (mismatch(stores, names) for stores in host.calls)), ""), sizes, trained))
         for rank, (problem, _, _) in enumerate(told):
             if problem:
                 raise ValueError(f"rank {rank}: {problem}")
@@ -176,25 +172,24 @@ class MuonDist(torch.optim.Optimizer):
         self._take_over_loaded()
         parts = self._bind()
         given = {id(t) for group in self.param_groups for t in group["params"]}
-        part = next((part for part in parts if {id(store.tensor) for store in part.stores} == given), None)
-        if part is None:
+        assert self._host is not None  # bound
+        call = next((k for k, stores in enumerate(self._host.calls) if {id(store.tensor) for store in stores} == given), None)
+        if call is None:
             raise ValueError("DeepSpeed stepped tensors that it did not have when it was initialised: this wrapper is not supported")
-        part.step(self._every_group, self._decide(part))
+        parts[call].step(self._every_group, self._decide(call))
         return None
 
-    def _decide(self, part: Part) -> Tensor | None:
+    def _decide(self, call: int) -> Tensor | None:
         """Whether the step happens: the same for all of its calls. None: the one call asks the gradients itself."""
         assert self._host is not None and self._parts is not None
-        device = part.stores[0].tensor.device
+        stores, device = self._host.calls[call], self._parts[call].device
         if self._host.checks_gradients:
             return torch.ones((), dtype=torch.bool, device=device)
         if len(self._parts) == 1:
             return None
-        if part is self._parts[0]:
-            grads = [t.grad for t in (store.tensor for store in part.stores) if t.grad is not None] + self._host.pending_gradients()
-            largest = [n.to(device, torch.float64) for n in torch._foreach_norm([g for g in grads if g.numel()], float("inf"))]
-            bad = ~torch.stack(largest).isfinite().all() if largest else torch.zeros((), dtype=torch.bool, device=device)
-            bad = bad.to(get_accelerator().current_device_name(), torch.int32)
+        if call == 0:
+            grads = [t.grad for t in (store.tensor for store in stores) if t.grad is not None] + self._host.pending_gradients()
+            bad = not_finite(grads, device).to(get_accelerator().current_device_name(), torch.int32)
             dist.all_reduce(bad, dist.ReduceOp.MAX)
             self._skipped = bad if self._skipped is None else self._skipped + bad
             self._verdict = (bad == 0).to(device)

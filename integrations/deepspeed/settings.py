@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import muon_dist
+from ..part import DEFAULTS
 
 # build_param_groups' own
 PATTERNS = ("muon", "adamw", "split", "transpose")
@@ -25,12 +24,6 @@ _NOT_HERE = {
 _RENAMED = {"betas": "adam_betas", "eps": "adam_eps", "muon_eps": "eps"}
 # Habits that are met anyway with these values
 _MET = {"torch_adam": (True, False), "adam_w_mode": (True,), "fp32_optimizer_states": (True,), "foreach": (True, None)}
-
-DEFAULTS = {
-    name: p.default
-    for name, p in inspect.signature(muon_dist.MuonDist.__init__).parameters.items()
-    if p.default is not inspect.Parameter.empty
-}
 
 
 def read_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -73,22 +73,3 @@ def blocks(p: Tensor, name: str, group: ProcessGroup | None) -> tuple[Box, ...]:
     if held != local_shape(p)[dim]:
         raise ValueError(f"AutoTP says this rank has {held} of dimension {dim} of {name}, but its tensor is {local_shape(p)}")
     return tuple(boxes)
-
-
-def all_holders(
-    data_parallel: ProcessGroup, tensor_parallel: ProcessGroup | None, made: dict[tuple[int, ...], ProcessGroup]
-) -> ProcessGroup | None:
-    """The group of all ranks that hold pieces of the parameters which `data_parallel` and its tensor-parallel peers share. Collective.
-
-    `made` keeps the groups made here.
-    """
-    if tensor_parallel is None:
-        return data_parallel
-    gathered: list[Any] = [None] * dist.get_world_size(tensor_parallel)
-    dist.all_gather_object(gathered, dist.get_process_group_ranks(data_parallel), group=tensor_parallel)
-    ranks = tuple(sorted({rank for each in gathered for rank in each}))
-    if ranks == tuple(range(dist.get_world_size())):
-        return dist.group.WORLD
-    if ranks not in made:
-        made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
-    return made[ranks]

@@ -1,0 +1,14 @@
+"""MuonDist in Megatron: `python -m muon_dist.integrations.megatron pretrain_gpt.py --optimizer muon_dist …` runs an unchanged script;
+importing this in the script does the same.
+
+README.md beside this file has the support table and what each flag does.
+"""
+
+from .arguments import add_muon_dist_args
+from .host import register
+from .optimizer import MuonDistOptimizer, get_muon_dist_optimizer
+from .settings import MuonDistConfig
+
+register()
+
+__all__ = ["MuonDistConfig", "MuonDistOptimizer", "add_muon_dist_args", "get_muon_dist_optimizer"]

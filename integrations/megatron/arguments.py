@@ -1,0 +1,68 @@
+"""Flags: Megatron's own `--muon-*` keep their meaning, ours stand beside them, and `--optimizer` takes muon_dist."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .settings import GIVEN, NAME, TOLD_APART
+
+# Set on Megatron's parsed flags where --optimizer is muon_dist. Megatron itself reads "adam" there: it refuses the distributed
+# optimizer and overlap for names that it doesn't know, and MuonDist goes into the wrappers that it builds for Adam.
+ASKED = "muon_dist"
+
+
+class _Optimizer(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, ASKED, values == NAME)
+        namespace.optimizer = "adam" if values == NAME else values
+
+
+class _Given(argparse.Action):
+    """Keep a value, and that it was given: MuonDist's default is another than the flag's."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, values)
+        setattr(namespace, GIVEN, [*getattr(namespace, GIVEN, ()), self.dest])
+
+
+def add_muon_dist_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add MuonDist's flags to Megatron's parser; for `extra_args_provider`. Nothing happens the second time."""
+    known = {option: action for action in parser._actions for option in action.option_strings}
+    if "--muon-coverage" in known:
+        return parser
+    parser.conflict_handler = "resolve"  # the flags below that Megatron has are declared anew, with the same meaning
+    group = parser.add_argument_group("muon_dist", "what --optimizer muon_dist takes beside Megatron's --muon-* flags")
+    group.conflict_handler = "resolve"
+    choices = list(known["--optimizer"].choices or ()) if "--optimizer" in known else ["adam", "sgd"]
+    group.add_argument(
+        "--optimizer",
+        default="adam",
+        choices=[*choices, NAME],
+        action=_Optimizer,
+        help="muon_dist: Muon for matrices, orthogonalised whole on one rank each, and AdamW for the rest, at any parallelism.",
+    )
+    for dest in TOLD_APART:
+        option = "--" + dest.replace("_", "-")
+        theirs = known.get(option)
+        kind: Any = int if dest == "muon_num_ns_steps" else str
+        more: dict[str, Any] = {"choices": theirs.choices, "help": theirs.help} if theirs is not None else {}
+        group.add_argument(option, type=kind, default=None if theirs is None else theirs.default, action=_Given, **more)
+    add = group.add_argument
+    add("--muon-no-split-fc1", action="store_false", dest="muon_split_fc1", help="Gate and up of a gated MLP as one matrix.")
+    add("--muon-lr", type=float, help="Peak learning rate of Muon's matrices; --lr is then that of all others. Both follow the schedule.")
+    add("--muon-coverage", type=float, help="Share of every matrix's directions that the adaptive steps bring near 1 (.9).")
+    add("--muon-tol", type=float, help="How near (.3).")
+    add("--muon-min-ns-steps", type=int, help="Fewest adaptive steps (2).")
+    add("--muon-max-ns-steps", type=int, help="Most adaptive steps (12).")
+    add("--muon-measure-every", type=int, help="Steps between two measurements of a matrix's spectrum (50).")
+    add("--muon-burn-in", type=int, help="Steps before the first measurement; until then scaling laws predict (50).")
+    add("--muon-noise-floor", type=float, help="Singular values below this share of the Frobenius norm don't count (1e-4).")
+    add("--muon-deflation", type=int, default=0, help="Dominant directions that are taken out first (0).")
+    add("--muon-wire-dtype", choices=["bf16", "fp32"], help="What travels between ranks: bf16 on GPUs, fp32 on CPUs.")
+    add("--muon-bucket-mb", type=float, default=64, help="MiB that an owner gathers at a time (64).")
+    add("--muon-params", nargs="+", default=(), metavar="PATTERN", help="Names of parameters that go to Muon whatever the rules say.")
+    add("--muon-adamw-params", nargs="+", default=(), metavar="PATTERN", help="Names of parameters that go to AdamW: router, …")
+    add("--muon-telemetry-dir", metavar="DIR", help="Where measured spectra go, as lines of JSON; `muon-dist spectrum DIR` shows them.")
+    add("--muon-telemetry-sinks", nargs="+", default=(), choices=["tensorboard", "wandb"], help="Where else they go.")
+    return parser

@@ -1,0 +1,421 @@
+"""MuonDist as Megatron sees an optimizer: what its wrappers hold inside, the chain of them, and how both are made.
+
+Megatron builds its wrappers itself, as for Adam; then the Adam inside each is replaced. So clipping, loss scales, zero counting,
+parameter groups, schedulers and checkpoints are Megatron's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import optimizer as megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor, nn
+
+from muon_dist.groups import read_groups
+from muon_dist.polar.polynomials import Schedule
+from muon_dist.routing import Route, matches, route_parameter
+from muon_dist.sharding.layout import ShardLayout
+from muon_dist.telemetry import Telemetry
+
+from ..part import DEFAULTS, Part, View, all_holders, new_state, not_finite
+from .layout import WholeParameter, fused_rows, is_cut, model_parameters, whole_parameter
+from .settings import MuonDistConfig, arguments, completed, refuse_unsupported
+from .wrappers import FlatBuffers, Piece, absent, pieces, whole_piece
+
+# What saved groups carry of ours: Megatron's wrappers pass groups through as they are
+SAVED = "muon_dist"
+
+build_wrappers = megatron_optimizer.get_megatron_optimizer  # Megatron's own, also after `register`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """A parameter of this rank's model, and what becomes of it."""
+
+    name: str
+    parameter: Tensor
+    route: Route
+    layout: Callable[[int, int], ShardLayout]  # from the elements of its tensor that a rank stores
+    split: tuple[int, ...] | None
+
+
+class MuonDist(torch.optim.Optimizer):
+    """The optimizer inside one of Megatron's wrappers. Its groups are the wrapper's; its state has their tensors' shapes.
+
+    Args:
+        wrapper: built for Adam, complete; its groups are taken over.
+        described: the model's parameters.
+        given: arguments of `muon_dist.MuonDist`.
+        config: Megatron's.
+    """
+
+    def __init__(self, wrapper: Any, described: Mapping[Tensor, Described], given: Mapping[str, Any], config: MuonDistConfig) -> None:
+        super().__init__([{"params": []}], {})
+        self.param_groups = wrapper.optimizer.param_groups
+        self._wrapper, self._described, self._given, self._config = wrapper, described, dict(given), config
+        self._pieces = pieces(wrapper)
+        for piece in self._pieces:
+            self.state[piece.tensor] = new_state(piece.tensor, described[piece.parameter].route.algorithm)
+        self._elsewhere: dict[Tensor, dict[str, Tensor]] = {}  # state of empty tensors, for parameters of which nothing lies here
+        self._spectra: dict[str, Tensor] = {}
+        self._groups: list[dict[str, Any]] = []  # MuonDist's own: one for each of Megatron's, algorithm and split
+        self._numbers: dict[tuple[int, str, tuple[int, ...] | None], int] = {}  # of which they are
+        self._part: Part | None = None
+        self._go: Tensor | None = None
+        self.telemetry: Telemetry | None = None
+        self.all_names: Sequence[str] = ()
+        self.model_numel = 0
+
+    # --------------------------------------------------------------------------------------------------------- binding
+
+    def _bind(self) -> Part:
+        """The views of what the wrapper holds. Collective at the first call, which compares them with the model's values."""
+        if self._part is not None:
+            return self._part
+        found = [(piece, self._described[piece.parameter]) for piece in self._pieces]
+        unlike = ""
+        for piece, described in found:
+            theirs = piece.values()
+            if not torch.equal(piece.tensor.detach().reshape(-1).to(theirs.dtype), theirs):
+                unlike = unlike or described.name
+        found = sorted(found + self._empty_pieces(), key=lambda each: each[1].name)
+        views = [self._view(piece, described) for piece, described in found]
+        self._refuse_unlike(unlike, views)
+        self._part = Part(views, self._groups, self._state_of, self._spectra)
+        optimizer = self._part.optimizer
+        optimizer._all_names, optimizer._model_numel, optimizer._telemetry = self.all_names, self.model_numel, self.telemetry
+        return self._part
+
+    def _empty_pieces(self) -> list[tuple[Piece, Described]]:
+        """Pieces of the parameters of which nothing lies here; the ranks that hold some know their groups. Collective."""
+        if not isinstance(self._wrapper, DistributedOptimizer):
+            return []
+        ranks = self._wrapper.data_parallel_group
+        told: list[Any] = [None] * dist.get_world_size(ranks)
+        dist.all_gather_object(told, {self._described[piece.parameter].name: piece.group for piece in self._pieces}, group=ranks)
+        known = {name: number for each in told for name, number in each.items()}
+        result = []
+        for p in absent(self._wrapper, self._pieces):
+            described = self._described[p]
+            empty = torch.empty(0, dtype=torch.float32, device=p.device)
+            self._elsewhere[empty] = new_state(empty, described.route.algorithm)
+            result.append((whole_piece(p, empty, known[described.name], numel=0), described))
+        return result
+
+    def _view(self, piece: Piece, described: Described) -> View:
+        layout = described.layout(piece.start, piece.stop)
+        key = (piece.group, described.route.algorithm, described.split)
+        if key not in self._numbers:
+            self._numbers[key] = len(self._groups)
+            asked: dict[str, Any] = {"params": [(described.name, piece.tensor)], "algorithm": described.route.algorithm}
+            if described.split is not None:
+                asked["split"] = described.split
+            self._groups += read_groups([asked], {**DEFAULTS, **self._given}, {described.name: layout})
+        return View(
+            tensor=piece.tensor,
+            span=None,
+            name=described.name,
+            layout=layout,
+            group=self._numbers[key],
+            reason=described.route.reason,
+        )
+
+    def _refuse_unlike(self, unlike: str, views: Sequence[View]) -> None:
+        """Raise on all ranks that share parameters where a piece has other values than the model."""
+        for group in dict.fromkeys(view.layout.group for view in views):
+            told: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(told, unlike, group=group)
+            unlike = unlike or next(filter(None, told), "")
+        if unlike:
+            raise ValueError(
+                f"{unlike} has other values than its copy in Megatron's optimizer. Either the piece lies elsewhere, or the model's weights "
+                "were changed after the optimizer was built: call optimizer.reload_model_params()"
+            )
+
+    def _state_of(self, tensor: Tensor) -> dict[str, Any]:
+        return self._elsewhere[tensor] if tensor in self._elsewhere else self.state[tensor]
+
+    # ------------------------------------------------------------------------------------------------------------ step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step by the gradients that Megatron has put there: reduced, unscaled, clipped and finite on all ranks. Collective."""
+        if closure is not None:
+            raise ValueError("MuonDist takes no closure in Megatron, which computes the loss")
+        part = self._bind()
+        ratio = 1.0 if self._config.muon_lr is None else self._config.muon_lr / self._config.lr
+        for group, (source, _, _) in zip(self._groups, self._numbers, strict=True):
+            given = self.param_groups[source]
+            group["lr"] = given["lr"] * (ratio if group["algorithm"] == "muon" else 1.0)
+            group["weight_decay"] = given["weight_decay"]
+        if self._go is None:
+            self._go = torch.ones((), dtype=torch.bool, device=part.device)
+        with _matmul_precision(self._config.muon_fp32_matmul_prec):
+            part.step(self._groups, self._go)
+
+    def gradients(self) -> Iterator[Tensor]:
+        """The gradients of what lies here."""
+        return (piece.tensor.grad for piece in self._pieces if piece.tensor.grad is not None)
+
+    @property
+    def schedules(self) -> dict[str, tuple[tuple[int, int], Schedule]]:
+        return {} if self._part is None else self._part.schedules
+
+    # ----------------------------------------------------------------------------------------------------- state dicts
+
+    def spectra(self) -> dict[str, Tensor]:
+        """The measured spectra, by name, those under way included."""
+        if self._part is not None:
+            self._part.collect()
+        return self._spectra
+
+    def add_spectra(self, spectra: Mapping[str, Tensor]) -> None:
+        """Keep spectra that other ranks measured, for a checkpoint."""
+        for name, rows in spectra.items():
+            self._spectra.setdefault(name, rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State by tensor, in the tensors' shapes, and groups that carry the step count and the spectra. Never communicates."""
+        kept = {name: _numbers(rows) for name, rows in self.spectra().items()}
+        packed = super().state_dict()
+        step = max((int(state["step"].item()) for state in self.state.values()), default=0)
+        return {**packed, "param_groups": [{**group, "step": step, SAVED: {"spectra": kept}} for group in packed["param_groups"]]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict()` returned, as Megatron's wrappers hand it on.
+
+        Raises:
+            ValueError: the state of another optimizer.
+        """
+        for group in state_dict["param_groups"]:
+            if SAVED not in group:
+                raise ValueError(
+                    "this checkpoint's optimizer state is not MuonDist's. To start from its weights alone: --no-load-optim, or --finetune"
+                )
+        fresh = {
+            tensor: new_state(tensor, self._described[p].route.algorithm)
+            for tensor, p in ((piece.tensor, piece.parameter) for piece in self._pieces)
+            if tensor not in self.state
+        }
+        super().load_state_dict(state_dict)
+        self.state.update(fresh)
+        step = 0.0
+        for group in self.param_groups:
+            step = max(step, float(group.pop("step", 0.0)))
+            for name, rows in group.pop(SAVED)["spectra"].items():
+                self._spectra[name] = _rows(rows)
+        for state in (*self.state.values(), *self._elsewhere.values()):  # Megatron has one count for all
+            device = next(iter(state.values())).device
+            state["step"] = torch.full((), step, dtype=torch.float32, device=device)
+
+
+def _numbers(rows: Tensor) -> list[list[float | None]]:
+    """Rows of a spectrum as plain numbers, None where nothing was measured: Megatron compares what ranks save, and NaN is not equal."""
+    return [[None if math.isnan(value) else value for value in row] for row in rows.tolist()]
+
+
+def _rows(numbers: list[list[float | None]]) -> Tensor:
+    return torch.tensor([[math.nan if value is None else value for value in row] for row in numbers], dtype=torch.float64)
+
+
+@contextmanager
+def _matmul_precision(wanted: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    if wanted != "medium":  # there Newton–Schulz is in bf16, and nothing else multiplies
+        torch.set_float32_matmul_precision(wanted)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class MuonDistOptimizer(ChainedOptimizer):
+    """Megatron's chain of wrappers (dense parameters, experts), each with MuonDist inside. Made by `get_muon_dist_optimizer`.
+
+    A gradient that is not finite leaves the step out on all ranks and for all wrappers, state included, as a loss scaler does;
+    `step` then returns False, and `skipped_steps` counts it.
+    """
+
+    def __init__(self, chained_optimizers: list[Any], groups: ProcessGroupCollection, routes: list[Route]) -> None:
+        super().__init__(chained_optimizers)
+        self._groups = groups
+        self._inside: list[MuonDist] = [o.optimizer for o in chained_optimizers if isinstance(o.optimizer, MuonDist)]
+        self.routes = routes  # of every parameter of this rank's model, with the reason
+        self.skipped_steps = 0
+
+    @property
+    def schedules(self) -> dict[str, tuple[tuple[int, int], Schedule]]:
+        """The shape and the schedule of every matrix that this rank's ranks share, by name. Empty before the first step."""
+        return {name: found for inside in self._inside for name, found in inside.schedules.items()}
+
+    @torch.no_grad()
+    def step_with_ready_grads(self) -> bool:
+        """Step all wrappers, or none of them. Collective over all ranks."""
+        device = torch.device(torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        bad = not_finite((g for inside in self._inside for g in inside.gradients()), device).to(torch.int32)
+        dist.all_reduce(bad, dist.ReduceOp.MAX)
+        if bad.item():  # Megatron has just waited for the norm of the gradients
+            self.skipped_steps += 1
+            return False
+        return bool(super().step_with_ready_grads())
+
+    def sharded_state_dict(self, model_sharded_state_dict: Any, is_loading: bool = False, **options: Any) -> Any:
+        """As Megatron's, with the spectra of all pipeline stages and experts. Collective when saving."""
+        if not is_loading:
+            for group in (self._groups.pp, self._groups.ep):
+                self._share_spectra(group)
+        return super().sharded_state_dict(model_sharded_state_dict, is_loading, **options)
+
+    def _share_spectra(self, group: Any) -> None:
+        if group is None or dist.get_world_size(group) == 1:
+            return
+        told: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(told, [inside.spectra() for inside in self._inside], group=group)
+        for each in told:
+            for inside, spectra in zip(self._inside, each, strict=True):
+                inside.add_spectra(spectra)
+
+
+def get_muon_dist_optimizer(config: Any, model_chunks: Sequence[nn.Module], *args: Any, **options: Any) -> MuonDistOptimizer:
+    """Muon for the matrices of a Megatron model and AdamW for everything else, under any parallelism. Collective over all ranks.
+
+    Args:
+        config: a `MuonDistConfig`, or Megatron's `OptimizerConfig` for the defaults.
+        model_chunks: the model's chunks on this rank, wrapped by Megatron's `DistributedDataParallel`.
+        *args, **options: as for Megatron's `get_megatron_optimizer`, such as config_overrides and pg_collection.
+
+    Raises:
+        ValueError: a setting, a layer or a wrapper that is not supported.
+    """
+    config = completed(config)
+    given = arguments(config)
+    refuse_unsupported(config, model_chunks)
+    if config.muon_lr is not None and not (config.muon_lr > 0 and config.lr):
+        raise ValueError(f"muon_lr must be positive, beside a positive lr that the schedule follows, got {config.muon_lr} and {config.lr}")
+    groups = options.get("pg_collection") or ProcessGroupCollection.use_mpu_process_groups()
+    described = _describe(model_chunks, config, groups)
+    as_adam = copy.copy(config)
+    as_adam.optimizer = "adam"
+    wrappers = list(build_wrappers(as_adam, list(model_chunks), *args, **options).chained_optimizers)
+    telemetry = _telemetry(config)
+    names, numel = _whole_model(described.values(), groups)
+    for wrapper in wrappers:
+        if wrapper.is_stub_optimizer:
+            continue
+        inside = MuonDist(wrapper, described, given, config)
+        inside.telemetry, inside.all_names, inside.model_numel = telemetry, names, numel
+        wrapper.optimizer = inside
+        if isinstance(wrapper, DistributedOptimizer):
+            wrapper.__class__ = FlatBuffers  # it was built complete; this changes how checkpoints read its state
+    return MuonDistOptimizer(wrappers, groups, [each.route for each in described.values()])
+
+
+def _describe(model_chunks: Sequence[nn.Module], config: MuonDistConfig, groups: ProcessGroupCollection) -> dict[Tensor, Described]:
+    """Every trainable parameter of this rank's model: its route, and its layout from the elements that a rank stores. Collective."""
+    expert_parallel = groups.ep
+    parameters = list(
+        model_parameters(model_chunks, expert_rank=dist.get_rank(expert_parallel), expert_ranks=dist.get_world_size(expert_parallel))
+    )
+    asked = _asked([name for name, *_ in parameters], config)
+    made: dict[tuple[int, ...], Any] = {}
+    holders: dict[bool, Any] = {}
+    result = {}
+    for name, p, module_config, module in parameters:
+        expert = not getattr(p, "allreduce", True)
+        tensor_parallel, data_parallel = (groups.expt_tp, groups.expt_dp) if expert else (groups.tp, groups.dp_cp)
+        if getattr(p, "is_gtp_weight_remat", False):
+            raise ValueError(f"{name} is sharded by generalised tensor parallelism (GTP), which MuonDist does not support")
+        route = _route(name, p, module, asked.get(name))
+        if route.algorithm == "adamw":
+            layout, split = _elementwise(tuple(p.shape), data_parallel), None
+        else:
+            if expert not in holders:
+                holders[expert] = all_holders(data_parallel, tensor_parallel, made)
+            ranks = dist.get_world_size(tensor_parallel) if is_cut(p) else 1
+            fused = fused_rows(
+                name, p, module_config, tensor_parallel=ranks, split_qkv=config.muon_split_qkv, split_fc1=config.muon_split_fc1
+            )
+            rank = dist.get_rank(tensor_parallel) if ranks > 1 else 0
+            whole = whole_parameter(name, p, fused, rank=rank, ranks=ranks)
+            layout, split = _fragment(whole, holders[expert]), whole.split
+        result[p] = Described(name=name, parameter=p, route=route, layout=layout, split=split)
+    return result
+
+
+def _elementwise(shape: tuple[int, ...], group: Any) -> Callable[[int, int], ShardLayout]:
+    return lambda start, stop: ShardLayout(global_shape=shape, span=(start, stop), group=group)
+
+
+def _fragment(whole: WholeParameter, group: Any) -> Callable[[int, int], ShardLayout]:
+    return lambda start, stop: ShardLayout(global_shape=whole.shape, blocks=whole.blocks, span=(start, stop), group=group)
+
+
+def _route(name: str, p: Any, module: nn.Module, asked: tuple[str, str] | None) -> Route:
+    """Where a parameter goes: what was asked for; else matrices to Muon as in Megatron's own, but for embeddings of any kind."""
+    if asked is not None:
+        route = route_parameter(name, p, algorithm=asked[0])
+        return Route(name=name, algorithm=route.algorithm, reason=f"asked for by {asked[1]!r}", view=route.view)
+    if getattr(p, "is_embedding_or_output_parameter", False):
+        return Route(name=name, algorithm="adamw", reason="embedding or output head, as Megatron marks it")
+    if p.ndim != 2:
+        return Route(name=name, algorithm="adamw", reason=f"{p.ndim}-D: not a matrix")
+    return route_parameter(name, p, module=module)
+
+
+def _asked(names: Sequence[str], config: MuonDistConfig) -> dict[str, tuple[str, str]]:
+    """What the patterns ask for: name -> (algorithm, pattern). Collective: a pattern may match on another pipeline stage only.
+
+    Raises:
+        ValueError: a pattern that matches nothing on any rank, or two that match one name.
+    """
+    patterns = [("muon", pattern) for pattern in config.muon_params] + [("adamw", pattern) for pattern in config.muon_adamw_params]
+    if not patterns:
+        return {}
+    hits = {pattern: [name for name in names if matches(pattern, name)] for _, pattern in patterns}
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    anywhere = torch.tensor([bool(hits[pattern]) for _, pattern in patterns], dtype=torch.int32, device=device)
+    dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+    result: dict[str, tuple[str, str]] = {}
+    for (algorithm, pattern), hit in zip(patterns, anywhere.tolist(), strict=True):
+        if not hit:
+            raise ValueError(f"the pattern {pattern!r} matches no trainable parameter. Names look like {', '.join(names[:4])}")
+        for name in hits[pattern]:
+            if name in result:
+                raise ValueError(f"{name} is matched by {result[name][1]!r} and by {pattern!r}: make the patterns disjoint")
+            result[name] = (algorithm, pattern)
+    return result
+
+
+def _whole_model(described: Iterable[Described], groups: ProcessGroupCollection) -> tuple[list[str], int]:
+    """The names of all Muon's parameters and the elements of all parameters, over pipeline stages and experts. Collective."""
+    sizes: dict[str, int] = {}
+    muon: set[str] = set()
+    for each in described:
+        sizes[each.name] = math.prod(each.layout(0, 0).global_shape)
+        if each.route.algorithm == "muon":
+            muon.add(each.name)
+    for group in (groups.pp, groups.ep):
+        if group is not None and dist.get_world_size(group) > 1:
+            told: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(told, (sizes, muon), group=group)
+            sizes = {name: numel for theirs, _ in told for name, numel in theirs.items()}
+            muon = {name for _, theirs in told for name in theirs}
+    return sorted(muon), sum(sizes.values())
+
+
+def _telemetry(config: MuonDistConfig) -> Telemetry | None:
+    if config.muon_telemetry_dir is None and not config.muon_telemetry_sinks:
+        return None
+    if config.muon_num_ns_steps != "adaptive":
+        raise ValueError("muon_telemetry_dir reports what adaptive step counts measure, but muon_num_ns_steps is a number")
+    return Telemetry(config.muon_telemetry_dir, tuple(config.muon_telemetry_sinks))

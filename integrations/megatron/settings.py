@@ -1,0 +1,232 @@
+"""What a Megatron user sets: a config with fields for everything, how it reads as MuonDist's arguments, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron.core.optimizer import OptimizerConfig
+from torch import nn
+
+from muon_dist.polar.polynomials import Coefficients
+
+NAME = "muon_dist"
+# Fields whose default here is not that of Megatron's flag; the command line tells in GIVEN which of them were given.
+TOLD_APART = ("muon_num_ns_steps", "muon_coefficient_type", "muon_tp_mode")
+GIVEN = "muon_given"
+
+
+@dataclass
+class MuonDistConfig(OptimizerConfig):
+    """Megatron's `OptimizerConfig` with what MuonDist takes beside it. The command line fills it from `--muon-*` flags.
+
+    Fields that Megatron's Muon has keep their meaning; those below without a comment are described in `muon_dist.MuonDist`.
+    Megatron-Bridge calls `provide`.
+    """
+
+    optimizer: str = NAME
+    muon_num_ns_steps: int | str = "adaptive"  # type: ignore[assignment]  # or a number; 5 is Megatron's
+    muon_nesterov: bool = False
+    muon_coefficient_type: str | None = None  # type: ignore[assignment]  # None: "quintic" for a number of steps, generated ones for adaptive
+    muon_tp_mode: str | None = None  # type: ignore[assignment]  # only Megatron's own Muon has modes
+    muon_split_fc1: bool = True  # gate and up of a gated MLP are matrices of their own
+    muon_lr: float | None = None  # learning rate of Muon's matrices while that of all others is lr; both follow the schedule
+    muon_coverage: float | None = None
+    muon_tol: float | None = None
+    muon_min_ns_steps: int | None = None
+    muon_max_ns_steps: int | None = None
+    muon_measure_every: int | None = None
+    muon_burn_in: int | None = None
+    muon_noise_floor: float | None = None
+    muon_deflation: int = 0
+    muon_wire_dtype: str | None = None
+    muon_bucket_mb: float = 64
+    muon_params: Sequence[str] = field(default_factory=tuple)  # patterns of names that go to Muon whatever the rules say
+    muon_adamw_params: Sequence[str] = field(default_factory=tuple)  # … and to AdamW
+    muon_telemetry_dir: str | None = None
+    muon_telemetry_sinks: Sequence[str] = field(default_factory=tuple)
+
+    def provide(self, model_chunks: Any, **options: Any) -> Any:
+        """The optimizer, for hosts that ask their config for it (Megatron-Bridge)."""
+        from .optimizer import get_muon_dist_optimizer
+
+        chunks = list(model_chunks) if isinstance(model_chunks, (list, tuple)) else [model_chunks]
+        return get_muon_dist_optimizer(self, chunks, **options)
+
+
+# Coefficients by Megatron's names, as in Emerging-Optimizers 0.3.0 (muon_utils.py), and what follows the last: the last again, or
+# the first. There a schedule is the first k of these whatever k is.
+_JORDAN: Coefficients = (3.4445, -4.7750, 2.0315)
+COEFFICIENTS: dict[str, tuple[tuple[Coefficients, ...], str]] = {
+    "simple": ((_JORDAN,), "cycle"),
+    "quintic": (  # You Jiacheng's, from modded-nanogpt's train_gpt_medium.py
+        (
+            (4.0848, -6.8946, 2.9270),
+            (3.9505, -6.3029, 2.6377),
+            (3.7418, -5.5913, 2.3037),
+            (2.8769, -3.1427, 1.2046),
+            (2.8366, -3.0525, 1.2012),
+        ),
+        "cycle",
+    ),
+    "polar_express": (  # arXiv 2505.16932, every step divided by its safety factor of 1.01
+        (
+            (8.2051, -22.9019, 16.4607),
+            (4.0664, -2.8612, 0.5184),
+            (3.9096, -2.8234, 0.5250),
+            (3.2856, -2.4153, 0.4853),
+            (2.2779, -1.6198, 0.3985),
+            (1.8726, -1.2307, 0.3585),
+            (1.8564, -1.2132, 0.3568),
+            (1.8750, -1.2500, 0.3750),
+        ),
+        "last",
+    ),
+    "cans": (  # arXiv 2506.10935
+        (
+            (8.4703, -25.1081, 18.6293),
+            (4.1828, -3.1087, 0.5806),
+            (3.9619, -2.9541, 0.5630),
+            (3.2866, -2.4647, 0.5074),
+            (2.2737, -1.6447, 0.4162),
+        ),
+        "last",
+    ),
+    "aol": (  # thib-s/flash-newton-schulz
+        ((4.0098, -7.0585, 2.4635), (3.4585, -5.5479, 2.5959), (2.7573, -3.2939, 1.4254), (2.7215, -3.0494, 1.3169)),
+        "cycle",
+    ),
+    "deepseekv4": ((_JORDAN,) * 8 + ((2.0, -1.5, 0.5),) * 2, "last"),  # DeepSeek-V4's report
+}
+
+# Megatron's scales in ours: (adjust_lr_fn, what it is multiplied by)
+SCALES = {
+    "spectral": ("match_rms_adamw", 5.0),  # √max(out, in); "match_rms_adamw" is a fifth of it
+    "unit_rms_norm": ("spectral", 1.0),  # √(out/in)
+    "shape_scaling": ("original", 1.0),  # √max(1, out/in)
+}
+
+
+def coefficients(name: str, steps: int) -> tuple[Coefficients, ...]:
+    """The first `steps` coefficients of a set, as Megatron's Muon takes them.
+
+    Raises:
+        ValueError: an unknown set, or fewer than one step.
+    """
+    if name not in COEFFICIENTS:
+        raise ValueError(f"muon_coefficient_type={name!r}: choose one of {', '.join(COEFFICIENTS)}")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"muon_num_ns_steps must be a positive integer or 'adaptive', got {steps!r}")
+    given, then = COEFFICIENTS[name]
+    return tuple(given[k % len(given)] if then == "cycle" else given[min(k, len(given) - 1)] for k in range(steps))
+
+
+def arguments(config: Any) -> dict[str, Any]:
+    """What `muon_dist.MuonDist` is given for a config: learning rates aside, which Megatron's groups hold.
+
+    Raises:
+        ValueError: a setting of Megatron's Muon that MuonDist can't honour.
+    """
+    steps, name = config.muon_num_ns_steps, config.muon_coefficient_type
+    if config.muon_scale_mode not in SCALES:
+        raise ValueError(f"muon_scale_mode={config.muon_scale_mode!r}: choose one of {', '.join(SCALES)}")
+    if steps == "adaptive":
+        if name not in (None, "simple"):
+            raise ValueError(
+                f"muon_coefficient_type={name!r} is for a fixed muon_num_ns_steps: adaptive steps take generated coefficients "
+                "(leave it out) or 'simple'"
+            )
+        polynomial: Any = None if name is None else "jordan"
+    else:
+        polynomial, steps = coefficients("quintic" if name is None else name, steps), 5  # a list says its own length
+    precision = config.muon_fp32_matmul_prec
+    if precision not in ("medium", "high", "highest"):
+        raise ValueError(f"muon_fp32_matmul_prec={precision!r}: choose 'medium' (bf16 on a GPU), 'high' or 'highest'")
+    adjust, factor = SCALES[config.muon_scale_mode]
+    return {
+        "momentum": config.muon_momentum,
+        "nesterov": bool(config.muon_nesterov or getattr(config, "muon_use_nesterov", False)),  # its name in 0.16
+        "ns_steps": steps,
+        "polynomial": polynomial,
+        "adjust_lr_fn": adjust,
+        "extra_scale_factor": factor * config.muon_extra_scale_factor,
+        "compute_dtype": None if precision == "medium" else "fp32",
+        "wire_dtype": config.muon_wire_dtype,
+        "adam_betas": (config.adam_beta1, config.adam_beta2),
+        "adam_eps": config.adam_eps,
+        "coverage": config.muon_coverage,
+        "tol": config.muon_tol,
+        "min_ns_steps": config.muon_min_ns_steps,
+        "max_ns_steps": config.muon_max_ns_steps,
+        "measure_every": config.muon_measure_every,
+        "burn_in": config.muon_burn_in,
+        "noise_floor": config.muon_noise_floor,
+        "deflation": config.muon_deflation,
+    }
+
+
+# (what is refused, whether it is asked for by (config, the first chunk's ddp_config, its model config), why)
+REFUSED: tuple[tuple[str, Callable[[Any, Any, Any], Any], str], ...] = (
+    (
+        "muon_tp_mode",
+        lambda c, d, m: c.muon_tp_mode is not None,
+        "the update is that of the whole matrix at any tensor-parallel size. Leave it out",
+    ),
+    (
+        "muon_scalar_optimizer other than adam",
+        lambda c, d, m: getattr(c, "muon_scalar_optimizer", "adam") != "adam",
+        "what Muon doesn't take goes to AdamW",
+    ),
+    ("decoupled_weight_decay=False", lambda c, d, m: not c.decoupled_weight_decay, "its weight decay is decoupled, as AdamW's"),
+    ("Megatron-FSDP", lambda c, d, m: getattr(d, "use_megatron_fsdp", False), "use the distributed optimizer"),
+    (
+        "models that Megatron's DistributedDataParallel doesn't wrap, such as torch FSDP2",
+        lambda c, d, m: d is None or type(d).__name__.startswith("TorchFullySharded"),
+        "it gives the distributed optimizer its buffers. muon_dist.MuonDist takes FSDP2's parameters, outside Megatron",
+    ),
+    ("optimizer_cpu_offload", lambda c, d, m: c.optimizer_cpu_offload, "momentum would be where Megatron's hybrid Adam keeps it"),
+    (
+        "use_precision_aware_optimizer",
+        lambda c, d, m: c.use_precision_aware_optimizer,
+        "its masters live inside Transformer Engine's FusedAdam",
+    ),
+    ("optimizer_cuda_graph", lambda c, d, m: getattr(c, "optimizer_cuda_graph", False), "steps of adaptive length can't be replayed"),
+    (
+        "use_layer_wise_distributed_optimizer",
+        lambda c, d, m: getattr(c, "use_layer_wise_distributed_optimizer", False),
+        "use the distributed optimizer (--use-distributed-optimizer), which shards momentum evenly",
+    ),
+    (
+        "fp8 or fp4 parameters",
+        lambda c, d, m: getattr(d, "fp8_param_gather", False) or getattr(m, "fp8_param", False) or getattr(m, "fp4_param", False),
+        "it is untested with it. fp8 matrix products with bf16 parameters are no concern of the optimizer's",
+    ),
+    ("use_mup", lambda c, d, m: getattr(m, "use_mup", False), "Megatron would scale learning rates as for Adam"),
+    ("use_kitchen", lambda c, d, m: getattr(m, "use_kitchen", False), "its layers don't say how gate and up are cut"),
+)
+
+
+def refuse_unsupported(config: Any, model_chunks: Sequence[nn.Module]) -> None:
+    """Raise a ValueError for settings of Megatron under which the update would be wrong, or was never seen to be right."""
+    ddp, model = getattr(model_chunks[0], "ddp_config", None), getattr(model_chunks[0], "config", None)
+    for setting, asked, reason in REFUSED:
+        if asked(config, ddp, model):
+            raise ValueError(f"MuonDist does not support {setting} in Megatron: {reason}")
+
+
+def completed(config: Any, source: Any = None) -> MuonDistConfig:
+    """A `MuonDistConfig` from Megatron's own config and, for our fields, the namespace of its command line."""
+    if isinstance(config, MuonDistConfig):
+        return config
+    names = {f.name for f in dataclasses.fields(MuonDistConfig)}
+    kept = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in names and f.init}
+    unsaid = set(TOLD_APART) - set(getattr(source, GIVEN, ()))
+    own = {name: getattr(source, name) for name in names - unsaid if name.startswith("muon_") and hasattr(source, name)}
+    result = MuonDistConfig(**{**kept, **own})
+    for name, value in vars(config).items():  # what it learned since, such as timers
+        if name not in own:
+            setattr(result, name, value)
+    result.optimizer = NAME
+    return result

@@ -1,0 +1,286 @@
+"""Small Megatron models on CPU ranks over gloo, for the bench and the tests: what keeps Megatron from a CPU is redirected here.
+
+Nothing of this runs where CUDA does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+VOCABULARY, CONTEXT, BATCH = 64, 16, 4
+
+
+class _CudaIsCpu(TorchFunctionMode):
+    """device="cuda" means the CPU, .cuda() is the tensor, and .type() says torch.cuda.*, which Megatron compares."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs = {**kwargs, "device": "cpu"}
+        return func(*args, **kwargs)
+
+
+class _Stream:
+    """A CUDA stream on which nothing is ever late."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *args: None
+
+
+def run_without_cuda() -> None:
+    """Redirect in this process what Megatron asks of CUDA. Does nothing the second time."""
+    if torch.cuda.is_available() or getattr(run_without_cuda, "done", False):
+        return
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.current_stream = lambda *args: _Stream()
+    cuda.synchronize = lambda *args: None
+    _CudaIsCpu().__enter__()
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils
+
+    if not isinstance(getattr(multi_latent_attention, "TELinear", None), type):  # Transformer Engine's layers are compared with
+        multi_latent_attention.TELinear = type("TELinear", (), {})
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+    run_without_cuda.done = True  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A model and how it is parallelised; sizes that ranks divide, but that flat buffers cut at arbitrary elements."""
+
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    etp: int | None = None
+    dtype: str = "fp32"
+    distributed_optimizer: bool = False
+    overlap: bool = False
+    layers: int = 2
+    hidden: int = 24
+    heads: int = 4
+    groups: int = 2
+    ffn: int = 40
+    gated: bool = True
+    experts: int = 0
+    mla: bool = False
+    tied: bool = False
+    sequence_parallel: bool = False
+    micro_batches: int = 1
+    batch: int = BATCH
+    context: int = CONTEXT
+    clip: float = 1.0
+    more: tuple[tuple[str, Any], ...] = ()  # of the transformer config
+    ddp: tuple[tuple[str, Any], ...] = ()  # of the DDP config
+
+
+def initialize(setup: Setup) -> None:
+    """Megatron's process groups and random states, over torch's ranks."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    run_without_cuda()
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=setup.tp,
+        pipeline_model_parallel_size=setup.pp,
+        expert_model_parallel_size=setup.ep,
+        expert_tensor_parallel_size=setup.etp,
+    )
+    tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+
+
+def transformer_config(setup: Setup) -> Any:
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[setup.dtype]
+    more: dict[str, Any] = dict(setup.more)
+    if setup.gated:
+        more.update(gated_linear_unit=True, activation_func=F.silu)
+    if setup.experts:
+        more.update(
+            num_moe_experts=setup.experts,
+            moe_router_topk=2,
+            moe_token_dispatcher_type="allgather",
+            moe_router_load_balancing_type="none",
+            moe_ffn_hidden_size=setup.ffn,
+            expert_tensor_parallel_size=setup.etp,
+        )
+    kind = TransformerConfig
+    if setup.mla:
+        kind = MLATransformerConfig
+        more.update(q_lora_rank=12, kv_lora_rank=10, qk_head_dim=8, qk_pos_emb_head_dim=4, v_head_dim=6)
+        more.update(rope_type="rope", num_query_groups=setup.heads)
+    else:
+        more.update(num_query_groups=setup.groups)
+    return kind(
+        num_layers=setup.layers,
+        hidden_size=setup.hidden,
+        num_attention_heads=setup.heads,
+        ffn_hidden_size=setup.ffn,
+        use_cpu_initialization=True,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=setup.dtype == "bf16",
+        tensor_model_parallel_size=setup.tp,
+        pipeline_model_parallel_size=setup.pp,
+        expert_model_parallel_size=setup.ep,
+        sequence_parallel=setup.sequence_parallel,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        add_bias_linear=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        batch_p2p_sync=False,
+        **more,
+    )
+
+
+class _Attention(nn.Module):
+    """Softmax attention in which values may be narrower than keys, as multi-latent attention needs; the local spec has none."""
+
+    def __init__(self, config: Any, *args: Any, softmax_scale: float | None = None, **options: Any) -> None:
+        super().__init__()
+        self.softmax_scale = softmax_scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any) -> Tensor:
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))  # (batch, heads, sequence, channels)
+        scores = (q @ k.mT) * (self.softmax_scale or q.shape[-1] ** -0.5)
+        mixed = scores.masked_fill(mask, float("-inf")).softmax(-1).to(v.dtype) @ v
+        return mixed.permute(2, 0, 1, 3).flatten(2)
+
+
+class _SequenceParallelNorm(nn.LayerNorm):
+    """LayerNorm whose gradients Megatron sums over tensor-parallel ranks, as that of Apex, which the local spec lacks on a CPU."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(hidden_size, eps=eps)
+        for p in self.parameters():
+            p.sequence_parallel = True  # type: ignore[attr-defined]
+
+
+def make_model(setup: Setup) -> list[Any]:
+    """A GPT wrapped by Megatron's DistributedDataParallel: its chunks on this rank."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+    config = transformer_config(setup)
+    spec = get_gpt_layer_local_spec(num_experts=setup.experts or None, multi_latent_attention=setup.mla)
+    if setup.mla:
+        spec.submodules.self_attention.submodules.core_attention = _Attention
+    if setup.sequence_parallel:
+        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = _SequenceParallelNorm
+        spec = TransformerBlockSubmodules(layer_specs=[spec] * setup.layers, layer_norm=_SequenceParallelNorm)
+    torch.manual_seed(123)
+    model: nn.Module = GPTModel(
+        config,
+        spec,
+        vocab_size=VOCABULARY,
+        max_sequence_length=setup.context,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=setup.tied,
+        position_embedding_type="rope",
+    )
+    if setup.dtype == "bf16":
+        model = model.bfloat16()
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=setup.dtype == "bf16",
+        overlap_grad_reduce=setup.overlap,
+        overlap_param_gather=setup.overlap and setup.distributed_optimizer,
+        use_distributed_optimizer=setup.distributed_optimizer,
+        **dict(setup.ddp),
+    )
+    return [DistributedDataParallel(config, ddp, model)]
+
+
+def optimizer_config(setup: Setup, kind: Callable[..., Any], **given: Any) -> Any:
+    """A config of `kind` (Megatron's `OptimizerConfig` or a subclass) for the model of a setup."""
+    return kind(
+        **{
+            "lr": 3e-3,
+            "min_lr": 0.0,
+            "weight_decay": 0.0,
+            "bf16": setup.dtype == "bf16",
+            "params_dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[setup.dtype],
+            "use_distributed_optimizer": setup.distributed_optimizer,
+            "clip_grad": setup.clip,
+            **given,
+        }
+    )
+
+
+def set_rates(optimizer: Any, lr: float, weight_decay: float = 0.0) -> None:
+    """What Megatron's scheduler does before a step."""
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = lr, weight_decay * group.get("wd_mult", 1.0)
+
+
+def train_step(setup: Setup, chunks: list[Any], optimizer: Any, step: int) -> tuple[float | None, Any]:
+    """Forward, backward and the optimizer's step on data of this data-parallel rank: (loss on the last stage, what `step` returned)."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    config = chunks[0].config
+    config.finalize_model_grads_func, config.grad_scale_func = finalize_model_grads, optimizer.scale_loss
+    generator = torch.Generator().manual_seed(1000 * step + parallel_state.get_data_parallel_rank())
+
+    def batches() -> Iterator[Tensor]:
+        while True:
+            yield torch.randint(0, VOCABULARY, (setup.batch, setup.context + 1), generator=generator)
+
+    positions = torch.arange(setup.context).unsqueeze(0).expand(setup.batch, -1)
+    mask = torch.triu(torch.ones(1, 1, setup.context, setup.context, dtype=torch.bool), 1)
+
+    def forward(data: Iterator[Tensor], model: Any) -> Any:
+        tokens = next(data)
+        output = model(tokens[:, :-1], positions, mask, labels=tokens[:, 1:])
+
+        def loss(value: Tensor) -> Any:
+            mean = value.float().mean()
+            return mean, {"loss": mean.detach()}
+
+        return output, loss
+
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    losses = get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=batches(),
+        model=chunks,
+        num_microbatches=setup.micro_batches,
+        seq_length=setup.context,
+        micro_batch_size=setup.batch,
+        forward_only=False,
+    )
+    stepped = optimizer.step()
+    return (float(sum(each["loss"] for each in losses) / len(losses)) if losses else None), stepped
+
+
+def everyone(value: Any, group: Any = None) -> list[Any]:
+    """What every rank has."""
+    told: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(told, value, group=group)
+    return told

@@ -1,0 +1,177 @@
+"""Checkpoints of Megatron models with MuonDist: a resumed run repeats the uninterrupted one, sharded ones load at another DP, TP and PP."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import megatron_hosts as hosts
+from .megatron_hosts import Setup
+from .ranks import run_ranks
+
+ADAPTIVE = {"muon_num_ns_steps": "adaptive", "muon_coefficient_type": None, "muon_burn_in": 2, "muon_measure_every": 2}
+SAVED_STEPS, MORE_STEPS = 5, 3
+
+
+def start(setup: Setup) -> tuple[list[Any], Any]:
+    return hosts.start(setup, **ADAPTIVE)
+
+
+def train(setup: Setup, chunks: list[Any], optimizer: Any, first: int, count: int) -> None:
+    for k in range(first, first + count):
+        hosts.set_rates(optimizer, 1e-2)
+        hosts.train_step(setup, chunks, optimizer, k)
+
+
+def everything(chunks: list[Any], optimizer: Any) -> dict[str, Tensor]:
+    """Masters, momentum, AdamW's averages, spectra of the whole model and the count of steps."""
+    result = {f"{name}: value": t for name, t in hosts.values_of(chunks, optimizer).items()}
+    for key in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
+        whole = hosts.whole_tensors(chunks, optimizer, lambda inside, piece, key=key: inside.state[piece.tensor].get(key))
+        result.update({f"{name}: {key}": t for name, t in whole.items()})
+    for told in hosts.everyone([inside.spectra() for inside in optimizer._inside]):
+        for spectra in told:
+            result.update({f"{name}: spectrum": rows.nan_to_num(-1.0) for name, rows in spectra.items()})
+    steps = {float(state["step"]) for inside in optimizer._inside for state in inside.state.values()}
+    assert len(steps) == 1
+    result["step"] = torch.tensor(steps.pop())
+    return result
+
+
+def sharded(chunks: list[Any], optimizer: Any, form: str, *, is_loading: bool) -> dict[str, Any]:
+    metadata: dict[str, Any] = {"chained_optim_avoid_prefix": True, **({"distrib_optim_sharding_type": form} if form else {})}
+    model = chunks[0].module.sharded_state_dict(metadata=metadata)
+    return {"model": model, "optimizer": optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)}
+
+
+def save(chunks: list[Any], optimizer: Any, form: str, folder: str) -> None:
+    from megatron.core import dist_checkpointing
+
+    if form == "plain":  # what the format "torch" writes: a file per tensor- and pipeline-parallel rank, and the flat buffers
+        path = os.path.join(folder, f"rank{dist.get_rank()}")
+        torch.save({"model": chunks[0].state_dict_for_save_checkpoint(), "optimizer": optimizer.state_dict()}, path)
+        if hasattr(optimizer.chained_optimizers[0], "data_parallel_group"):
+            optimizer.save_parameter_state(os.path.join(folder, f"flat{model_parallel_rank()}"))
+    else:
+        dist_checkpointing.save(sharded(chunks, optimizer, form, is_loading=False), folder)
+    dist.barrier()
+
+
+def load(chunks: list[Any], optimizer: Any, form: str, folder: str) -> None:
+    from megatron.core import dist_checkpointing
+
+    if form == "plain":
+        state = torch.load(os.path.join(folder, f"rank{dist.get_rank()}"), weights_only=False)
+        chunks[0].load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if hasattr(optimizer.chained_optimizers[0], "data_parallel_group"):
+            optimizer.load_parameter_state(os.path.join(folder, f"flat{model_parallel_rank()}"))
+    else:
+        loaded = dist_checkpointing.load(sharded(chunks, optimizer, form, is_loading=True), folder)
+        chunks[0].module.load_state_dict(loaded["model"])
+        optimizer.load_state_dict(loaded["optimizer"])
+    dist.barrier()
+
+
+def model_parallel_rank() -> int:
+    from megatron.core import parallel_state
+
+    return dist.get_rank(parallel_state.get_model_parallel_group())
+
+
+def uninterrupted(setup: Setup, form: str, folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What was saved after five steps, and what became of it after three more."""
+    chunks, optimizer = start(setup)
+    train(setup, chunks, optimizer, 0, SAVED_STEPS)
+    save(chunks, optimizer, form, folder)
+    saved = everything(chunks, optimizer)
+    train(setup, chunks, optimizer, SAVED_STEPS, MORE_STEPS)
+    return saved, everything(chunks, optimizer)
+
+
+def resumed(setup: Setup, form: str, folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    chunks, optimizer = start(setup)
+    load(chunks, optimizer, form, folder)
+    loaded = everything(chunks, optimizer)
+    train(setup, chunks, optimizer, SAVED_STEPS, MORE_STEPS)
+    return loaded, everything(chunks, optimizer)
+
+
+FLAT = Setup(distributed_optimizer=True)
+SAME = [
+    (2, Setup(tp=2), ""),
+    (2, Setup(tp=2, dtype="bf16"), ""),
+    (2, FLAT, "fully_reshardable"),
+    (2, FLAT, "dp_reshardable"),
+    (4, dataclasses.replace(FLAT, tp=2, dtype="bf16"), "fully_reshardable"),
+    (2, Setup(tp=2), "plain"),
+    (2, dataclasses.replace(FLAT, dtype="bf16"), "plain"),
+    (2, Setup(pp=2, micro_batches=2, dtype="bf16"), ""),
+    (2, Setup(ep=2, experts=4), ""),
+    (2, dataclasses.replace(FLAT, ep=2, experts=4), "fully_reshardable"),
+]
+
+
+@pytest.mark.parametrize(("ranks", "setup", "form"), SAME)
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(ranks: int, setup: Setup, form: str, tmp_path: Path) -> None:
+    for (saved, end), (loaded, again) in zip(
+        run_ranks(ranks, uninterrupted, setup, form, str(tmp_path), children=True),
+        run_ranks(ranks, resumed, setup, form, str(tmp_path), children=True),
+        strict=True,
+    ):
+        assert float(saved["step"]) == SAVED_STEPS and float(end["step"]) == SAVED_STEPS + MORE_STEPS
+        for a, b in ((saved, loaded), (end, again)):
+            assert a.keys() == b.keys()
+            for name in a:
+                assert torch.equal(a[name], b[name]), name
+
+
+ELSEWHERE = [
+    (2, Setup(tp=2), 1, Setup(), ""),
+    (1, Setup(dtype="bf16"), 4, Setup(tp=4, dtype="bf16"), ""),
+    (2, FLAT, 4, dataclasses.replace(FLAT, tp=2), "fully_reshardable"),
+    (4, dataclasses.replace(FLAT, tp=2, dtype="bf16"), 2, dataclasses.replace(FLAT, dtype="bf16"), "fully_reshardable"),
+    (2, FLAT, 3, FLAT, "dp_reshardable"),
+    (2, Setup(pp=2, micro_batches=2), 2, Setup(tp=2), ""),
+    (2, Setup(ep=2, experts=4), 4, Setup(ep=4, experts=4), ""),
+]
+
+
+@pytest.mark.parametrize(("ranks", "setup", "new_ranks", "new_setup", "form"), ELSEWHERE)
+def test_sharded_checkpoints_load_at_another_world_size(
+    ranks: int, setup: Setup, new_ranks: int, new_setup: Setup, form: str, tmp_path: Path
+) -> None:
+    saved, _ = run_ranks(ranks, uninterrupted, setup, form, str(tmp_path), children=True)[0]
+    loaded, _ = run_ranks(new_ranks, resumed, new_setup, form, str(tmp_path), children=True)[0]
+    assert saved.keys() == loaded.keys()
+    assert sum("spectrum" in name for name in saved) >= 8
+    for name in saved:
+        assert torch.equal(saved[name], loaded[name]), name
+
+
+def load_adams(folder: str) -> str:
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    setup = Setup()
+    hosts.initialize(setup)
+    chunks = hosts.make_model(setup)
+    adam = get_megatron_optimizer(hosts.optimizer_config(setup, OptimizerConfig), chunks)
+    hosts.train_step(setup, chunks, adam, 0)
+    state = adam.state_dict()
+    chunks, optimizer = start(setup)
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_the_state_of_another_optimizer_is_not_taken_for_ours(tmp_path: Path) -> None:
+    assert "not MuonDist's" in run_ranks(1, load_adams, str(tmp_path))[0]
