@@ -1,11 +1,11 @@
-# Sourced by launch/quickstart.sh and tests/run.sh: makes or completes .venv in the repository root.
+# Sourced by launch/quickstart.sh and the scripts of tests/: makes or completes an environment in the repository root.
 #
 #   prepare_environment EXTRA    install this package with its extra ("plot" or "test") as launch/constraints.txt pins it
 #
-# Sets VENV. Says what is wrong and exits 1 where it can't. PYTHON chooses the interpreter.
+# Sets VENV. Says what is wrong and exits 1 where it can't. PYTHON chooses the interpreter, VENV_NAME another place than .venv.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-VENV="$ROOT/.venv"
+VENV="$ROOT/${VENV_NAME:-.venv}"
 
 fail() {
     printf 'error: %s\n' "$*" >&2

@@ -139,8 +139,15 @@ def update_errors(
     weight_decay: float = 0.0,
     separate: bool = True,
     scale: float = 5.0,
+    reference: dict[str, Any] | None = None,
 ) -> dict[str, float]:
-    """Train, and compare every update with the reference's on the same gradients: the worst relative error per parameter."""
+    """Train, and compare every update with the reference's on the same gradients: the worst relative error per parameter.
+
+    Args:
+        separate: fused projections are several matrices.
+        scale: what the learning rate of Muon's matrices is multiplied by; 5 makes the reference's .2·√max Megatron's √max.
+        reference: arguments of the reference that differ.
+    """
     from megatron.core.utils import get_model_config
 
     config, captured = get_model_config(chunks[0]), Captured(chunks, optimizer)
@@ -154,21 +161,21 @@ def update_errors(
         for name, algorithm in told.items():
             if algorithm == "muon":
                 muon[name] = sorted_rows(name, first[name], config)[1] if separate else [first[name].shape[0]]
-    reference = ReferenceMuon(fold(first), muon, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.999))
+    naive = ReferenceMuon(fold(first), muon, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.999), **(reference or {}))
     worst: dict[str, float] = {}
     for k in range(steps):
         set_rates(optimizer, lr, weight_decay)
         before = fold(values_of(chunks, optimizer))
         train_step(setup, chunks, optimizer, k)
         gradients, after = fold(captured.take()), fold(values_of(chunks, optimizer))
-        for name, p in reference.parameters.items():
+        for name, p in naive.parameters.items():
             p.copy_(before[name])
         for name, gradient in gradients.items():
-            reference.steps[name] += 1
-            reference.lr = lr * scale if name in muon else lr  # the reference scales by .2·√max, Megatron by √max
-            reference.weight_decay = (weight_decay if gradient.ndim > 1 else 0.0) / (reference.lr / lr)
-            (reference.muon_step if name in muon else reference.adamw_step)(name, gradient)
-        for name, p in reference.parameters.items():
+            naive.steps[name] += 1
+            naive.lr = lr * scale if name in muon else lr  # the reference scales by .2·√max, Megatron by √max
+            naive.weight_decay = (weight_decay if gradient.ndim > 1 else 0.0) / (naive.lr / lr)
+            (naive.muon_step if name in muon else naive.adamw_step)(name, gradient)
+        for name, p in naive.parameters.items():
             wanted = p - before[name]
             assert wanted.norm() > 0, f"{name} did not move"
             worst[name] = max(worst.get(name, 0.0), float((after[name] - before[name] - wanted).norm() / wanted.norm()))

@@ -217,16 +217,23 @@ def refuse_unsupported(config: Any, model_chunks: Sequence[nn.Module]) -> None:
 
 
 def completed(config: Any, source: Any = None) -> MuonDistConfig:
-    """A `MuonDistConfig` from Megatron's own config and, for our fields, the namespace of its command line."""
+    """A `MuonDistConfig` from Megatron's own config and, for our fields, the namespace of its command line.
+
+    Where MuonDist's default is another than Megatron's, Megatron's default counts as not given.
+    """
     if isinstance(config, MuonDistConfig):
         return config
     names = {f.name for f in dataclasses.fields(MuonDistConfig)}
-    kept = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in names and f.init}
+    kept = {
+        f.name: getattr(config, f.name)
+        for f in dataclasses.fields(config)
+        if f.name in names and f.init and not (f.name in TOLD_APART and getattr(config, f.name) == f.default)
+    }
     unsaid = set(TOLD_APART) - set(getattr(source, GIVEN, ()))
     own = {name: getattr(source, name) for name in names - unsaid if name.startswith("muon_") and hasattr(source, name)}
     result = MuonDistConfig(**{**kept, **own})
     for name, value in vars(config).items():  # what it learned since, such as timers
-        if name not in own:
+        if name not in own and name not in TOLD_APART:
             setattr(result, name, value)
     result.optimizer = NAME
     return result

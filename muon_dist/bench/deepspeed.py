@@ -25,11 +25,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..cli.table import table, write_json
 from ..polar.newton_schulz import orthogonalize_batch
 from .small_gpt import GPT, read_text, windows
+from .traffic import Received, tensors_in
 
 ADAMW, THEIRS, FIVE, ADAPTIVE = "AdamW", "DeepSpeed's Muon", "MuonDist, 5 steps", "MuonDist, adaptive"
 CONTEXT = 64
@@ -48,34 +48,6 @@ class Model(GPT):
         for block in self.blocks:
             x = block(x)
         return F.cross_entropy(self.lm_head(self.norm(x)).flatten(0, 1).float(), targets.flatten())
-
-
-class Received(TorchDispatchMode):
-    """Bytes that this rank receives in collectives, by what an algorithm without waste would move."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            name, world = func._opname, dist.get_world_size()
-            sizes = [sum(t.numel() * t.element_size() for t in _tensors(arg)) for arg in args]
-            if name.startswith("allreduce"):
-                self.bytes += 2 * sizes[0] * (world - 1) / world
-            elif name.startswith(("allgather", "_allgather_base", "broadcast", "alltoall")):
-                self.bytes += sizes[0] * (1 if name.startswith(("alltoall", "broadcast")) else (world - 1) / world)
-            elif name.startswith(("reduce_scatter", "_reduce_scatter")):
-                self.bytes += sizes[0] * (world - 1)
-        return func(*args, **(kwargs or {}))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _tensors(part)
 
 
 def run(
@@ -188,9 +160,9 @@ def _counted(calls: list[int]) -> Iterator[None]:
 
 def _held(engine: Any) -> int:
     """Bytes of optimizer state on this rank, with what DeepSpeed's Muon stages beside it."""
-    held = [t for entry in engine.basic_optimizer.state.values() for t in _tensors(list(entry.values()))]
+    held = [t for entry in engine.basic_optimizer.state.values() for t in tensors_in(list(entry.values()))]
     for name in ("_muon_pending_momentum", "_muon_allgather_buffers"):
-        held += _tensors([list(v) if isinstance(v, tuple) else v for v in getattr(engine.optimizer, name, {}).values()])
+        held += tensors_in([list(v) if isinstance(v, tuple) else v for v in getattr(engine.optimizer, name, {}).values()])
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
     return sum(storages.values())
 

@@ -5,6 +5,8 @@ Nothing of this runs where CUDA does.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-VOCABULARY, CONTEXT, BATCH = 64, 16, 4
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class _CudaIsCpu(TorchFunctionMode):
@@ -49,6 +51,7 @@ def run_without_cuda() -> None:
     cuda.current_device = lambda: torch.device("cpu")
     cuda.current_stream = lambda *args: _Stream()
     cuda.synchronize = lambda *args: None
+    cuda.Stream, cuda.stream = (lambda *args, **options: _Stream()), (lambda *args: contextlib.nullcontext())
     _CudaIsCpu().__enter__()
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
@@ -70,6 +73,7 @@ class Setup:
     etp: int | None = None
     dtype: str = "fp32"
     distributed_optimizer: bool = False
+    instances: int = 1
     overlap: bool = False
     layers: int = 2
     hidden: int = 24
@@ -82,8 +86,9 @@ class Setup:
     tied: bool = False
     sequence_parallel: bool = False
     micro_batches: int = 1
-    batch: int = BATCH
-    context: int = CONTEXT
+    batch: int = 4
+    context: int = 16
+    vocabulary: int = 64
     clip: float = 1.0
     more: tuple[tuple[str, Any], ...] = ()  # of the transformer config
     ddp: tuple[tuple[str, Any], ...] = ()  # of the DDP config
@@ -100,6 +105,7 @@ def initialize(setup: Setup) -> None:
         pipeline_model_parallel_size=setup.pp,
         expert_model_parallel_size=setup.ep,
         expert_tensor_parallel_size=setup.etp,
+        num_distributed_optimizer_instances=setup.instances,
     )
     tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
 
@@ -107,7 +113,7 @@ def initialize(setup: Setup) -> None:
 def transformer_config(setup: Setup) -> Any:
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[setup.dtype]
+    dtype = DTYPES[setup.dtype]
     more: dict[str, Any] = dict(setup.more)
     if setup.gated:
         more.update(gated_linear_unit=True, activation_func=F.silu)
@@ -136,6 +142,7 @@ def transformer_config(setup: Setup) -> Any:
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=setup.dtype == "bf16",
+        fp16=setup.dtype == "fp16",
         tensor_model_parallel_size=setup.tp,
         pipeline_model_parallel_size=setup.pp,
         expert_model_parallel_size=setup.ep,
@@ -195,20 +202,20 @@ def make_model(setup: Setup) -> list[Any]:
     model: nn.Module = GPTModel(
         config,
         spec,
-        vocab_size=VOCABULARY,
+        vocab_size=setup.vocabulary,
         max_sequence_length=setup.context,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=setup.tied,
         position_embedding_type="rope",
     )
-    if setup.dtype == "bf16":
-        model = model.bfloat16()
+    model = model.to(DTYPES[setup.dtype])
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=setup.dtype == "bf16",
+        grad_reduce_in_fp32=setup.dtype != "fp32",
         overlap_grad_reduce=setup.overlap,
         overlap_param_gather=setup.overlap and setup.distributed_optimizer,
         use_distributed_optimizer=setup.distributed_optimizer,
+        num_distributed_optimizer_instances=setup.instances,
         **dict(setup.ddp),
     )
     return [DistributedDataParallel(config, ddp, model)]
@@ -222,7 +229,8 @@ def optimizer_config(setup: Setup, kind: Callable[..., Any], **given: Any) -> An
             "min_lr": 0.0,
             "weight_decay": 0.0,
             "bf16": setup.dtype == "bf16",
-            "params_dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[setup.dtype],
+            "fp16": setup.dtype == "fp16",
+            "params_dtype": DTYPES[setup.dtype],
             "use_distributed_optimizer": setup.distributed_optimizer,
             "clip_grad": setup.clip,
             **given,
@@ -236,19 +244,28 @@ def set_rates(optimizer: Any, lr: float, weight_decay: float = 0.0) -> None:
         group["lr"], group["weight_decay"] = lr, weight_decay * group.get("wd_mult", 1.0)
 
 
-def train_step(setup: Setup, chunks: list[Any], optimizer: Any, step: int) -> tuple[float | None, Any]:
-    """Forward, backward and the optimizer's step on data of this data-parallel rank: (loss on the last stage, what `step` returned)."""
+def train_step(
+    setup: Setup, chunks: list[Any], optimizer: Any, step: int, read: Callable[[int], Tensor] | None = None
+) -> tuple[float | None, Any]:
+    """Forward, backward and the optimizer's step on data of this data-parallel rank: (loss on the last stage, what `step` returned).
+
+    `read(seed)` gives (batch, context + 1) tokens; random ones without it.
+    """
     from megatron.core import parallel_state
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     config = chunks[0].config
     config.finalize_model_grads_func, config.grad_scale_func = finalize_model_grads, optimizer.scale_loss
-    generator = torch.Generator().manual_seed(1000 * step + parallel_state.get_data_parallel_rank())
+    seed = 1000 * step + parallel_state.get_data_parallel_rank()
+    generator = torch.Generator().manual_seed(seed)
 
     def batches() -> Iterator[Tensor]:
-        while True:
-            yield torch.randint(0, VOCABULARY, (setup.batch, setup.context + 1), generator=generator)
+        for micro in itertools.count():
+            if read is not None:
+                yield read(seed + 100 * micro)
+            else:
+                yield torch.randint(0, setup.vocabulary, (setup.batch, setup.context + 1), generator=generator)
 
     positions = torch.arange(setup.context).unsqueeze(0).expand(setup.batch, -1)
     mask = torch.triu(torch.ones(1, 1, setup.context, setup.context, dtype=torch.bool), 1)

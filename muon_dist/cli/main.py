@@ -96,10 +96,18 @@ def parser() -> argparse.ArgumentParser:
     deepspeed.add_argument("--warmup", type=int, default=3, help="steps before (default 3)")
     deepspeed.add_argument("--offload", action="store_true", help="with the optimizer on the CPU")
 
+    megatron = benches.add_parser("megatron", help="the optimizer step in Megatron against its own Muon (megatron-core 0.19)")
+    megatron.add_argument("--ranks", type=int, nargs="+", default=[2])
+    megatron.add_argument("--tp", type=int, default=2, help="tensor-parallel size (default 2)")
+    megatron.add_argument("--hidden", type=int, default=512)
+    megatron.add_argument("--layers", type=int, default=4)
+    megatron.add_argument("--rounds", type=int, default=7, help="steps of every optimizer that are timed (default 7)")
+    megatron.add_argument("--warmup", type=int, default=3, help="steps before (default 3)")
+
     step.add_argument("--threads", type=int, default=None, help="torch threads per rank (default: cores / ranks, at least 1)")
     for command in (adaptive, accuracy, training, ladder, memory, overhead):
         command.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="torch threads")
-    for command in (step, adaptive, accuracy, training, memory, overhead, deepspeed):
+    for command in (step, adaptive, accuracy, training, memory, overhead, deepspeed, megatron):
         command.add_argument("--json", metavar="FILE", help="also write every figure")
     return root
 
@@ -180,6 +188,10 @@ def _bench(arguments: argparse.Namespace) -> int:
         from ..bench import deepspeed
 
         return deepspeed.run(**options)
+    if arguments.bench == "megatron":
+        from ..bench import megatron
+
+        return megatron.run(**options)
     from ..bench import overhead
 
     return overhead.run(**options)
