@@ -10,6 +10,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ def run_without_cuda() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
     cuda.current_stream = lambda *args: _Stream()
+    cuda.get_device_properties = lambda *args: SimpleNamespace(major=9, minor=0, multi_processor_count=1, total_memory=2**34)
     cuda.synchronize = lambda *args: None
     cuda.Stream, cuda.stream = (lambda *args, **options: _Stream()), (lambda *args: contextlib.nullcontext())
     _CudaIsCpu().__enter__()
