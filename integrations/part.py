@@ -67,6 +67,10 @@ class _Steps(muon_dist.MuonDist):
             return super()._agree_on_gradients(grads)
         return dict.fromkeys(grads, self.verdict)
 
+    def _agree_on_flag_group(self) -> ProcessGroup | None:
+        """Nothing to agree on where the host decides; ranks that hold nothing of this part don't come, and would be waited for."""
+        return super()._agree_on_flag_group() if self.verdict is None else None
+
 
 class Part:
     """Views of what a host steps in one call, and the optimizer that steps them.

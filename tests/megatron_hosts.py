@@ -183,7 +183,15 @@ def update_errors(
 
 
 def model_equals_masters(chunks: list[Any], optimizer: Any) -> bool:
-    """Whether the model has the masters' values, rounded, on every rank."""
+    """Whether the model has the masters' values, rounded, and all of it on every data-parallel rank where nothing is overlapped."""
+    from megatron.core import parallel_state
+
+    if not chunks[0].ddp_config.overlap_param_gather:
+        dense, expert = parallel_state.get_data_parallel_group(), parallel_state.get_expert_data_parallel_group()
+        for p in chunks[0].parameters():
+            copies = everyone(p.detach(), dense if getattr(p, "allreduce", True) else expert)
+            if not all(torch.equal(copy, copies[0]) for copy in copies):
+                return False
     masters = values_of(chunks, optimizer)
     theirs = whole_tensors(chunks, optimizer, lambda inside, piece: piece.parameter.detach().reshape(-1)[piece.start : piece.stop])
     dtype = next(chunks[0].parameters()).dtype

@@ -58,6 +58,12 @@ MORE = {
         22,
     ),
     "experts that tensor parallelism cuts": (2, Setup(tp=2, experts=4, sequence_parallel=True), 22),
+    "experts on one pipeline stage only": (2, Setup(pp=2, ep=1, experts=4, dense_layers=1, micro_batches=2), 4 + 2 + 1 + 4 * 2),
+    "experts on one of two stages, flat": (
+        4,
+        dataclasses.replace(FLAT, pp=2, ep=2, experts=4, dense_layers=1, micro_batches=2),
+        4 + 2 + 1 + 4 * 2,
+    ),
     "several optimizer instances": (4, dataclasses.replace(FLAT, instances=2), 8),
 }
 

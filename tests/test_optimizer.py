@@ -124,6 +124,21 @@ def test_matrices_are_what_the_reference_says(name: str) -> None:
     torch.testing.assert_close(model.w.detach(), reference.parameters["w"], rtol=1e-11, atol=1e-11)
 
 
+def test_the_extra_scale_factor_multiplies_updates_and_not_decay() -> None:
+    changes = []
+    for factor, decay in ((1.0, 0.0), (3.0, 0.0), (3.0, 0.1)):
+        p = one()
+        before = p.detach().clone()
+        optimizer = muon(p, lr=0.5, weight_decay=decay, extra_scale_factor=factor)
+        p.grad = torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(1))
+        optimizer.step()
+        changes.append(p.detach() - before)
+    torch.testing.assert_close(changes[1], 3 * changes[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(changes[2], changes[1] - 0.5 * 0.1 * before, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="extra_scale_factor must be a number in"):
+        muon(one(), extra_scale_factor=-1.0)
+
+
 @pytest.mark.parametrize("adjust", ["match_rms_adamw", "original", "spectral", "none"])
 def test_a_transposed_weight_gets_the_transposed_update(adjust: str) -> None:
     stored, turned = one((6, 20)), nn.Parameter(one((6, 20)).detach().T.contiguous())

@@ -78,8 +78,11 @@ class MuonDist(torch.optim.Optimizer):
 
     # --------------------------------------------------------------------------------------------------------- binding
 
-    def _bind(self) -> Part:
-        """The views of what the wrapper holds. Collective at the first call, which compares them with the model's values."""
+    def _bind(self) -> Part | None:
+        """The views of what the wrapper holds; None where nothing is, as on a pipeline stage without experts.
+
+        Collective at the first call, which compares them with the model's values.
+        """
         if self._part is not None:
             return self._part
         found = [(piece, self._described[piece.parameter]) for piece in self._pieces]
@@ -90,6 +93,8 @@ class MuonDist(torch.optim.Optimizer):
                 unlike = unlike or described.name
         found = sorted(found + self._empty_pieces(), key=lambda each: each[1].name)
         views = [self._view(piece, described) for piece, described in found]
+        if not views:
+            return None
         self._refuse_unlike(unlike, views)
         self._part = Part(views, self._groups, self._state_of, self._spectra)
         optimizer = self._part.optimizer
@@ -153,6 +158,8 @@ class MuonDist(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("MuonDist takes no closure in Megatron, which computes the loss")
         part = self._bind()
+        if part is None:
+            return
         ratio = 1.0 if self._config.muon_lr is None else self._config.muon_lr / self._config.lr
         for group, (source, _, _) in zip(self._groups, self._numbers, strict=True):
             given = self.param_groups[source]

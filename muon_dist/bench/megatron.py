@@ -50,12 +50,11 @@ def run(*, ranks: list[int], tp: int, hidden: int, layers: int, rounds: int, war
         f"torch {torch.__version__}, megatron-core {megatron.core.__version__}, {platform.machine()}, {cores} cores; fp32 on both sides",
         flush=True,
     )
-    alone = _spawned(1, 1, hidden, layers, 0, warmup, cores)
     rows, records = [], []
     for n in ranks:
         record = _spawned(n, tp, hidden, layers, rounds, warmup, max(1, cores // n))
-        updates = record.pop("updates")
-        record.update(ranks=n, tp=tp, differs={name: _difference(updates[name], alone["updates"][name]) for name in updates})
+        updates, alone = record.pop("updates"), _spawned(n // tp, 1, hidden, layers, 0, warmup, max(1, cores // n))["updates"]
+        record.update(ranks=n, tp=tp, differs={name: _difference(updates[name], alone[name]) for name in updates})
         records.append(record)
         rows += _rows(record)
         print(f"  {n} ranks done", flush=True)

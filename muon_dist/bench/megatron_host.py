@@ -84,6 +84,7 @@ class Setup:
     ffn: int = 40
     gated: bool = True
     experts: int = 0
+    dense_layers: int = 0  # before those with experts
     mla: bool = False
     tied: bool = False
     sequence_parallel: bool = False
@@ -197,9 +198,14 @@ def make_model(setup: Setup) -> list[Any]:
     spec = get_gpt_layer_local_spec(num_experts=setup.experts or None, multi_latent_attention=setup.mla)
     if setup.mla:
         spec.submodules.self_attention.submodules.core_attention = _Attention
+    norm = spec.submodules.input_layernorm
     if setup.sequence_parallel:
-        spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = _SequenceParallelNorm
-        spec = TransformerBlockSubmodules(layer_specs=[spec] * setup.layers, layer_norm=_SequenceParallelNorm)
+        norm = spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = _SequenceParallelNorm
+    if setup.sequence_parallel or setup.dense_layers:
+        layers = [get_gpt_layer_local_spec()] * setup.dense_layers + [spec] * (setup.layers - setup.dense_layers)
+        here = setup.layers // setup.pp
+        first = here * parallel_state.get_pipeline_model_parallel_rank()
+        spec = TransformerBlockSubmodules(layer_specs=layers[first : first + here], layer_norm=norm)
     torch.manual_seed(123)
     model: nn.Module = GPTModel(
         config,

@@ -26,7 +26,7 @@ BOUND = {torch.float64: 1e-10, torch.float32: 2e-5}
 
 def run() -> int:
     print(f"muon_dist {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    for package in ("torch", "numpy", "deepspeed", "megatron-core", "transformers", "mpi4py"):
+    for package in ("torch", "numpy", "deepspeed", "megatron-core", "emerging-optimizers", "transformers", "mpi4py"):
         try:
             print(f"  {package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
