@@ -281,3 +281,14 @@ def test_the_configs_train(path: Path) -> None:
 
 def test_there_are_six_configs() -> None:
     assert [p.stem for p in CONFIGS] == sorted(WRAPPERS)
+
+
+def bucket_bytes() -> list[int]:
+    engine = hosts.start(hosts.config(1, params={"bucket_mb": 0.25}))
+    hosts.train_step(engine, 0)
+    return [part.optimizer._bucket_bytes for part in engine.basic_optimizer._parts]
+
+
+def test_the_bucket_size_reaches_the_exchange() -> None:
+    (found,) = run_ranks(1, bucket_bytes)
+    assert set(found) == {2**18}

@@ -122,9 +122,9 @@ def test_the_update_is_the_same_at_tp_1_2_4(flat: bool) -> None:
 # ------------------------------------------------------------------------------------------------------ cost
 
 
-def recorded(setup: Setup) -> tuple[list[tuple[int, ...]], int, int, list[str], int]:
+def recorded(setup: Setup, **given: Any) -> tuple[list[tuple[int, ...]], int, int, list[str], int]:
     """Of the second step on this rank: orthogonalised shapes, launches, bytes sent, collectives by name; and momentum's elements."""
-    chunks, optimizer = hosts.start(setup)
+    chunks, optimizer = hosts.start(setup, **given)
     hosts.train_step(setup, chunks, optimizer, 0)
     (inside,) = optimizer._inside
     for piece in inside._pieces:
@@ -160,6 +160,15 @@ def test_every_matrix_is_orthogonalised_once_and_only_pieces_travel(ranks: int, 
     assert sum(held for *_, held in found) == numel * copies
     if setup.distributed_optimizer:  # momentum is cut like the buffers: evenly, but for padding
         assert max(held for *_, held in found) < 1.2 * numel / ranks
+
+
+def launches_in_small_buckets() -> int:
+    return recorded(Setup(tp=2), muon_bucket_mb=0.01)[1]
+
+
+def test_the_bucket_size_is_what_was_asked_for() -> None:
+    for launches in run_ranks(2, launches_in_small_buckets):
+        assert launches > 4
 
 
 def traffic(setup: Setup) -> int:

@@ -156,6 +156,23 @@ def test_sharded_checkpoints_load_at_another_world_size(
         assert torch.equal(saved[name], loaded[name]), name
 
 
+def rerouted(folder: str) -> str:
+    chunks, optimizer = start(FLAT)
+    train(FLAT, chunks, optimizer, 0, 1)
+    save(chunks, optimizer, "fully_reshardable", folder)
+    chunks, optimizer = hosts.start(FLAT, **ADAPTIVE, muon_adamw_params=["linear_fc2"])
+    try:
+        load(chunks, optimizer, "fully_reshardable", folder)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_momentum_is_not_taken_for_adamws_average(tmp_path: Path) -> None:
+    for message in run_ranks(2, rerouted, str(tmp_path), children=True):
+        assert "linear_fc2.weight was trained by muon when this checkpoint was saved, and goes to adamw now" in message
+
+
 def load_adams(folder: str) -> str:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 

@@ -43,6 +43,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]] =
     "optimizer_cuda_graph": ({"optimizer_cuda_graph": True}, {}, {}),
     "use_layer_wise_distributed_optimizer": ({"use_layer_wise_distributed_optimizer": True}, {}, {}),
     "fp8 or fp4 parameters": ({}, {"fp8_param_gather": True}, {}),
+    "interleaved gate and up of experts with muon_split_fc1": ({}, {}, {"moe_mlp_glu_interleave_size": 32}),
+    "grad_norm_skip_threshold": ({"grad_norm_skip_threshold": 10.0}, {}, {}),
+    "qk_clip with the distributed optimizer": ({"use_distributed_optimizer": True}, {}, {"qk_clip": True}),
     "use_mup": ({}, {}, {"use_mup": True}),
     "use_kitchen": ({}, {}, {"use_kitchen": True}),
 }
@@ -218,7 +221,7 @@ def test_rows_that_don_t_add_up_raise(fused: layout.Fused | None, dim: int, stri
     p: Any = torch.nn.Parameter(torch.zeros(4, 6))
     p.partition_dim, p.partition_stride = dim, stride
     with pytest.raises(ValueError, match=message):
-        layout.whole_parameter("w", p, fused, rank=0, ranks=2)
+        layout.whole_parameter("w", p, fused, dim=dim, rank=0, ranks=2)
 
 
 def test_mambas_projection_is_one_matrix_cut_by_its_sizes() -> None:
@@ -226,25 +229,118 @@ def test_mambas_projection_is_one_matrix_cut_by_its_sizes() -> None:
     p.partition_dim, p.partition_sizes = 0, [4, 3, 2]
     config = SimpleNamespace(num_attention_heads=2, gated_linear_unit=False)
     fused = layout.fused_rows("mixer.in_proj.weight", p, config, tensor_parallel=2, split_qkv=True, split_fc1=True)
-    whole = layout.whole_parameter("mixer.in_proj.weight", p, fused, rank=1, ranks=2)
+    whole = layout.whole_parameter("mixer.in_proj.weight", p, fused, dim=0, rank=1, ranks=2)
     assert whole.shape == (18, 6) and whole.split is None
     assert [block[0] for block in whole.blocks] == [(4, 8), (11, 14), (16, 18)]
 
 
-def test_experts_packed_into_one_tensor_are_refused() -> None:
-    class Experts(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight1 = torch.nn.Parameter(torch.zeros(4, 8))
-            self.weight1.allreduce = False  # type: ignore[attr-defined]
-            self.config = SimpleNamespace(num_moe_experts=4)
+@pytest.mark.parametrize("allreduce", [True, False])  # without and with expert parallelism
+@pytest.mark.parametrize("path", ["mlp.experts.weight1", "mlp.experts.linear_fc1.weight"])
+def test_experts_packed_into_one_tensor_are_refused(path: str, allreduce: bool) -> None:
+    model = module = torch.nn.Module()
+    model.config = SimpleNamespace(num_moe_experts=4)  # type: ignore[assignment]
+    *parents, leaf = path.split(".")
+    for name in parents:
+        module.add_module(name, torch.nn.Module())
+        module = getattr(module, name)
+    p: Any = torch.nn.Parameter(torch.zeros(4, 8))
+    p.allreduce = allreduce
+    setattr(module, leaf, p)
+    with pytest.raises(ValueError, match="packs all local experts into one tensor"):
+        list(layout.model_parameters([model], expert_rank=0, expert_ranks=2))
 
-    model = torch.nn.Sequential()
-    model.add_module("experts", Experts())
-    wrapped = torch.nn.Sequential()
-    wrapped.add_module("mlp", model)
-    with pytest.raises(ValueError, match="the legacy GroupedMLP"):
-        list(layout.model_parameters([wrapped], expert_rank=0, expert_ranks=2))
+
+class TELinear(torch.nn.Module):
+    """Transformer Engine's layers need a GPU; these have their names, and what they set on their weights in megatron-core 0.16."""
+
+    def __init__(self, partition_dim: int) -> None:
+        super().__init__()
+        self.weight: Any = torch.nn.Parameter(torch.zeros(4, 6))
+        self.weight.tensor_model_parallel, self.weight.partition_dim, self.weight.partition_stride = True, partition_dim, 1
+
+
+class TELayerNormColumnParallelLinear(TELinear):
+    pass
+
+
+class TERowParallelLinear(TELinear):
+    pass
+
+
+class TEColumnParallelGroupedLinear(TELinear):
+    pass
+
+
+class TERowParallelGroupedLinear(TELinear):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("layer", "dim"),
+    [
+        (TELinear(0), None),  # duplicated: multi-latent attention's down projections
+        (TELayerNormColumnParallelLinear(0), 0),
+        (TERowParallelLinear(1), 1),
+        (TEColumnParallelGroupedLinear(0), 0),
+        (TERowParallelGroupedLinear(0), 1),  # Transformer Engine marks it as cut along its rows
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, TELinear) else str(value),
+)
+def test_a_layers_class_says_how_its_weight_is_cut(layer: TELinear, dim: int | None) -> None:
+    assert layout.cut_dimension(layer.weight, layer) == dim
+
+
+def test_other_layers_are_cut_as_their_weights_say() -> None:
+    layer, p = torch.nn.Linear(6, 4), torch.nn.Parameter(torch.zeros(4, 6))
+    assert layout.cut_dimension(p, layer) is None
+    marked: Any = p
+    marked.tensor_model_parallel, marked.partition_dim = True, 1
+    assert layout.cut_dimension(marked, layer) == 1
+    marked.tensor_model_parallel, marked.partition_dim = True, -1
+    assert layout.cut_dimension(marked, layer) is None
+
+
+def without_expert_parallelism() -> str | float:
+    import megatron.core
+
+    setup = Setup(tp=2, etp=1, experts=4, sequence_parallel=True)
+    try:
+        chunks, optimizer = hosts.start(setup)
+    except ValueError as error:
+        assert megatron.core.__version__.startswith("0.16")
+        return str(error)
+    return max(hosts.update_errors(setup, chunks, optimizer, steps=2, lr=0.05).values())
+
+
+def test_experts_with_another_tensor_parallel_size_and_no_expert_parallelism() -> None:
+    """0.16 marks them as dense, whose group they don't have; 0.19 knows better."""
+    for found in run_ranks(2, without_expert_parallelism):
+        assert "set expert_tensor_parallel_size" in found if isinstance(found, str) else found < 2e-5
+
+
+def given_groups(missing: str) -> str:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from muon_dist.integrations.megatron import MuonDistConfig, get_muon_dist_optimizer
+
+    setup = Setup(tp=2)
+    hosts.initialize(setup)
+    chunks = hosts.make_model(setup)
+    everything = ProcessGroupCollection.use_mpu_process_groups()
+    some = ProcessGroupCollection()
+    for field in dataclasses.fields(ProcessGroupCollection):
+        if field.name != missing and getattr(everything, field.name, None) is not None:
+            setattr(some, field.name, getattr(everything, field.name))
+    config = hosts.optimizer_config(setup, MuonDistConfig, **hosts.PLAIN)
+    try:
+        optimizer = get_muon_dist_optimizer(config, chunks, {}, False, some)  # by position, as Megatron's function takes it
+    except ValueError as error:
+        return str(error)
+    return str(max(hosts.update_errors(setup, chunks, optimizer, steps=1, lr=0.05).values()))
+
+
+def test_process_groups_of_the_users_own() -> None:
+    assert all(float(error) < 2e-5 for error in run_ranks(2, given_groups, "nothing"))
+    assert all("pg_collection has no expt_dp" in message for message in run_ranks(2, given_groups, "expt_dp"))
 
 
 # ------------------------------------------------------------------------------------------------------------------ moving

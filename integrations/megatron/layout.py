@@ -22,7 +22,8 @@ from muon_dist.sharding.layout import Box, whole
 
 LAYER = re.compile(r"(^|\.)layers\.\d+$")
 LOCAL_EXPERT = re.compile(r"(\.local_experts\.)(\d+)(\.)|(\.experts\.linear_fc\d\.(?:weight|bias))(\d+)()$")
-PACKED_EXPERTS = re.compile(r"\.experts\.weight[12]$")
+PACKED_EXPERTS = re.compile(r"\.experts\.(weight[12]|linear_fc\d\.weight)$")
+EXPERT = re.compile(r"\.experts\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,24 +115,36 @@ def fused_rows(name: str, p: Any, config: Any, *, tensor_parallel: int, split_qk
     return None
 
 
-def is_cut(p: Any) -> bool:
-    """Whether tensor-parallel ranks hold different pieces of a parameter."""
-    return bool(getattr(p, "tensor_model_parallel", False)) and getattr(p, "partition_dim", -1) >= 0
+def cut_dimension(p: Any, module: nn.Module) -> int | None:
+    """The dimension along which tensor-parallel ranks hold different pieces of a weight; None where all hold it whole.
+
+    A layer's class decides where it says: Transformer Engine marks every weight as cut, also those that are duplicated, and those of
+    grouped row-parallel layers along the wrong dimension; megatron-core 0.16 leaves that as it is.
+    """
+    classes = [base.__name__ for base in type(module).__mro__]
+    if any("RowParallel" in name for name in classes):
+        return 1
+    if any("ColumnParallel" in name for name in classes):
+        return 0
+    if "TELinear" in classes or not getattr(p, "tensor_model_parallel", False):
+        return None
+    dim = int(getattr(p, "partition_dim", -1))
+    return dim if dim >= 0 else None
 
 
-def whole_parameter(name: str, p: Any, fused: Fused | None, *, rank: int, ranks: int) -> WholeParameter:
+def whole_parameter(name: str, p: Any, fused: Fused | None, *, dim: int, rank: int, ranks: int) -> WholeParameter:
     """The whole parameter and this rank's blocks of it.
 
     Args:
         name: for errors.
         p: the tensor on this rank, with Megatron's attributes.
         fused: see `fused_rows`.
+        dim: along which it is cut, where it is.
         rank, ranks: among the tensor-parallel ranks that share it; 0 and 1 where they hold it whole.
 
     Raises:
         ValueError: a fused weight whose rows don't add up, or that is cut along another dimension or with an unknown stride.
     """
-    dim = p.partition_dim if ranks > 1 else 0
     shape = tuple(size * (ranks if d == dim else 1) for d, size in enumerate(p.shape))
     if fused is not None and fused.rows != shape[0]:
         raise ValueError(
@@ -177,12 +190,12 @@ def model_parameters(
             name = f"{renamed(owner)}.{leaf}" if owner else leaf
             name = re.sub(r"^(module\.)+", "", name)
             config = _config_of(owner, modules)
+            if PACKED_EXPERTS.search(name):
+                raise ValueError(
+                    f"{name} packs all local experts into one tensor, which MuonDist does not support: use Transformer Engine's grouped "
+                    "GEMM without --moe-use-legacy-grouped-gemm and moe_single_grouped_weight, or leave out --moe-grouped-gemm"
+                )
             if not getattr(p, "allreduce", True) and config.num_moe_experts:
-                if PACKED_EXPERTS.search(name):
-                    raise ValueError(
-                        f"{name} packs all local experts into one tensor (the legacy GroupedMLP), which MuonDist does not support: use "
-                        "Transformer Engine's grouped GEMM, or leave out --moe-grouped-gemm"
-                    )
                 name = _numbered_expert(name, expert_rank * (config.num_moe_experts // expert_ranks))
             if seen.setdefault(name, p) is not p:
                 raise ValueError(f"two parameters are called {name}: MuonDist can't tell them apart")

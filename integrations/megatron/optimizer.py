@@ -7,10 +7,10 @@ parameter groups, schedulers and checkpoints are Megatron's own.
 from __future__ import annotations
 
 import copy
+import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,12 +23,11 @@ from torch import Tensor, nn
 
 from muon_dist.groups import read_groups
 from muon_dist.polar.polynomials import Schedule
-from muon_dist.routing import Route, matches, route_parameter
-from muon_dist.sharding.layout import ShardLayout
+from muon_dist.routing import Route
 from muon_dist.telemetry import Telemetry
 
-from ..part import DEFAULTS, Part, View, all_holders, new_state, not_finite
-from .layout import WholeParameter, fused_rows, is_cut, model_parameters, whole_parameter
+from ..part import DEFAULTS, Part, View, new_state, not_finite
+from .parameters import Described, Groups, describe, groups_of, whole_model
 from .settings import MuonDistConfig, arguments, completed, refuse_unsupported
 from .wrappers import FlatBuffers, Piece, absent, pieces, whole_piece
 
@@ -36,17 +35,6 @@ from .wrappers import FlatBuffers, Piece, absent, pieces, whole_piece
 SAVED = "muon_dist"
 
 build_wrappers = megatron_optimizer.get_megatron_optimizer  # Megatron's own, also after `register`
-
-
-@dataclass(frozen=True, kw_only=True)
-class Described:
-    """A parameter of this rank's model, and what becomes of it."""
-
-    name: str
-    parameter: Tensor
-    route: Route
-    layout: Callable[[int, int], ShardLayout]  # from the elements of its tensor that a rank stores
-    split: tuple[int, ...] | None
 
 
 class MuonDist(torch.optim.Optimizer):
@@ -71,6 +59,7 @@ class MuonDist(torch.optim.Optimizer):
         self._groups: list[dict[str, Any]] = []  # MuonDist's own: one for each of Megatron's, algorithm and split
         self._numbers: dict[tuple[int, str, tuple[int, ...] | None], int] = {}  # of which they are
         self._part: Part | None = None
+        self._bound = False
         self._go: Tensor | None = None
         self.telemetry: Telemetry | None = None
         self.all_names: Sequence[str] = ()
@@ -83,8 +72,9 @@ class MuonDist(torch.optim.Optimizer):
 
         Collective at the first call, which compares them with the model's values.
         """
-        if self._part is not None:
+        if self._bound:
             return self._part
+        self._bound = True
         found = [(piece, self._described[piece.parameter]) for piece in self._pieces]
         unlike = ""
         for piece, described in found:
@@ -96,7 +86,7 @@ class MuonDist(torch.optim.Optimizer):
         if not views:
             return None
         self._refuse_unlike(unlike, views)
-        self._part = Part(views, self._groups, self._state_of, self._spectra)
+        self._part = Part(views, self._groups, self._state_of, self._spectra, bucket_mb=self._config.muon_bucket_mb)
         optimizer = self._part.optimizer
         optimizer._all_names, optimizer._model_numel, optimizer._telemetry = self.all_names, self.model_numel, self.telemetry
         return self._part
@@ -165,6 +155,8 @@ class MuonDist(torch.optim.Optimizer):
             given = self.param_groups[source]
             group["lr"] = given["lr"] * (ratio if group["algorithm"] == "muon" else 1.0)
             group["weight_decay"] = given["weight_decay"]
+            if group["algorithm"] == "adamw":  # as overrides of single groups may say
+                group["betas"], group["eps"] = tuple(given["betas"]), given["eps"]
         if self._go is None:
             self._go = torch.ones((), dtype=torch.bool, device=part.device)
         with _matmul_precision(self._config.muon_fp32_matmul_prec):
@@ -193,21 +185,33 @@ class MuonDist(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """State by tensor, in the tensors' shapes, and groups that carry the step count and the spectra. Never communicates."""
-        kept = {name: _numbers(rows) for name, rows in self.spectra().items()}
         packed = super().state_dict()
-        step = max((int(state["step"].item()) for state in self.state.values()), default=0)
-        return {**packed, "param_groups": [{**group, "step": step, SAVED: {"spectra": kept}} for group in packed["param_groups"]]}
+        # every rank compares and loads the count, which has no place on a device of one of them
+        state = {key: {**entry, "step": entry["step"].cpu()} for key, entry in packed["state"].items()}
+        step = max((int(entry["step"].item()) for entry in state.values()), default=0)
+        kept = json.dumps({"muon": sorted(self.all_names), "spectra": {name: _numbers(rows) for name, rows in self.spectra().items()}})
+        return {"state": state, "param_groups": [{**group, "step": step, SAVED: kept} for group in packed["param_groups"]]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict()` returned, as Megatron's wrappers hand it on.
 
         Raises:
-            ValueError: the state of another optimizer.
+            ValueError: the state of another optimizer, or one that trained a parameter by the other algorithm.
         """
+        kept: dict[str, Any] = {}
         for group in state_dict["param_groups"]:
             if SAVED not in group:
                 raise ValueError(
                     "this checkpoint's optimizer state is not MuonDist's. To start from its weights alone: --no-load-optim, or --finetune"
+                )
+            kept = json.loads(group[SAVED])
+        for described in (self._described[piece.parameter] for piece in self._pieces):
+            saved = "muon" if described.name in kept["muon"] else "adamw"
+            if saved != described.route.algorithm:
+                raise ValueError(
+                    f"{described.name} was trained by {saved} when this checkpoint was saved, and goes to {described.route.algorithm} now "
+                    f"({described.route.reason}): its state means something else. Say --muon-params or --muon-adamw-params as before, or "
+                    "start from the weights alone: --no-load-optim"
                 )
         fresh = {
             tensor: new_state(tensor, self._described[p].route.algorithm)
@@ -219,8 +223,8 @@ class MuonDist(torch.optim.Optimizer):
         step = 0.0
         for group in self.param_groups:
             step = max(step, float(group.pop("step", 0.0)))
-            for name, rows in group.pop(SAVED)["spectra"].items():
-                self._spectra[name] = _rows(rows)
+            group.pop(SAVED)
+        self._spectra.update({name: _rows(rows) for name, rows in kept.get("spectra", {}).items()})
         for state in (*self.state.values(), *self._elsewhere.values()):  # Megatron has one count for all
             device = next(iter(state.values())).device
             state["step"] = torch.full((), step, dtype=torch.float32, device=device)
@@ -253,7 +257,7 @@ class MuonDistOptimizer(ChainedOptimizer):
     `step` then returns False, and `skipped_steps` counts it.
     """
 
-    def __init__(self, chained_optimizers: list[Any], groups: ProcessGroupCollection, routes: list[Route]) -> None:
+    def __init__(self, chained_optimizers: list[Any], groups: Groups, routes: list[Route]) -> None:
         super().__init__(chained_optimizers)
         self._groups = groups
         self._inside: list[MuonDist] = [o.optimizer for o in chained_optimizers if isinstance(o.optimizer, MuonDist)]
@@ -293,13 +297,20 @@ class MuonDistOptimizer(ChainedOptimizer):
                 inside.add_spectra(spectra)
 
 
-def get_muon_dist_optimizer(config: Any, model_chunks: Sequence[nn.Module], *args: Any, **options: Any) -> MuonDistOptimizer:
+def get_muon_dist_optimizer(
+    config: Any,
+    model_chunks: Sequence[nn.Module],
+    config_overrides: Any = None,
+    use_gloo_process_groups: bool = True,
+    pg_collection: ProcessGroupCollection | None = None,
+    **options: Any,
+) -> MuonDistOptimizer:
     """Muon for the matrices of a Megatron model and AdamW for everything else, under any parallelism. Collective over all ranks.
 
     Args:
         config: a `MuonDistConfig`, or Megatron's `OptimizerConfig` for the defaults.
         model_chunks: the model's chunks on this rank, wrapped by Megatron's `DistributedDataParallel`.
-        *args, **options: as for Megatron's `get_megatron_optimizer`, such as config_overrides and pg_collection.
+        config_overrides, use_gloo_process_groups, pg_collection, **options: as for Megatron's `get_megatron_optimizer`.
 
     Raises:
         ValueError: a setting, a layer or a wrapper that is not supported.
@@ -309,13 +320,14 @@ def get_muon_dist_optimizer(config: Any, model_chunks: Sequence[nn.Module], *arg
     refuse_unsupported(config, model_chunks)
     if config.muon_lr is not None and not (config.muon_lr > 0 and config.lr):
         raise ValueError(f"muon_lr must be positive, beside a positive lr that the schedule follows, got {config.muon_lr} and {config.lr}")
-    groups = options.get("pg_collection") or ProcessGroupCollection.use_mpu_process_groups()
-    described = _describe(model_chunks, config, groups)
+    groups = groups_of(pg_collection)
+    described = describe(model_chunks, config, groups)
     as_adam = copy.copy(config)
     as_adam.optimizer = "adam"
-    wrappers = list(build_wrappers(as_adam, list(model_chunks), *args, **options).chained_optimizers)
+    chain = build_wrappers(as_adam, list(model_chunks), config_overrides, use_gloo_process_groups, pg_collection, **options)
+    wrappers = list(chain.chained_optimizers)
     telemetry = _telemetry(config)
-    names, numel = _whole_model(described.values(), groups)
+    names, numel = whole_model(described.values(), groups)
     for wrapper in wrappers:
         if wrapper.is_stub_optimizer:
             continue
@@ -325,99 +337,6 @@ def get_muon_dist_optimizer(config: Any, model_chunks: Sequence[nn.Module], *arg
         if isinstance(wrapper, DistributedOptimizer):
             wrapper.__class__ = FlatBuffers  # it was built complete; this changes how checkpoints read its state
     return MuonDistOptimizer(wrappers, groups, [each.route for each in described.values()])
-
-
-def _describe(model_chunks: Sequence[nn.Module], config: MuonDistConfig, groups: ProcessGroupCollection) -> dict[Tensor, Described]:
-    """Every trainable parameter of this rank's model: its route, and its layout from the elements that a rank stores. Collective."""
-    expert_parallel = groups.ep
-    parameters = list(
-        model_parameters(model_chunks, expert_rank=dist.get_rank(expert_parallel), expert_ranks=dist.get_world_size(expert_parallel))
-    )
-    asked = _asked([name for name, *_ in parameters], config)
-    made: dict[tuple[int, ...], Any] = {}
-    holders: dict[bool, Any] = {}
-    result = {}
-    for name, p, module_config, module in parameters:
-        expert = not getattr(p, "allreduce", True)
-        tensor_parallel, data_parallel = (groups.expt_tp, groups.expt_dp) if expert else (groups.tp, groups.dp_cp)
-        if getattr(p, "is_gtp_weight_remat", False):
-            raise ValueError(f"{name} is sharded by generalised tensor parallelism (GTP), which MuonDist does not support")
-        route = _route(name, p, module, asked.get(name))
-        if route.algorithm == "adamw":
-            layout, split = _elementwise(tuple(p.shape), data_parallel), None
-        else:
-            if expert not in holders:
-                holders[expert] = all_holders(data_parallel, tensor_parallel, made)
-            ranks = dist.get_world_size(tensor_parallel) if is_cut(p) else 1
-            fused = fused_rows(
-                name, p, module_config, tensor_parallel=ranks, split_qkv=config.muon_split_qkv, split_fc1=config.muon_split_fc1
-            )
-            rank = dist.get_rank(tensor_parallel) if ranks > 1 else 0
-            whole = whole_parameter(name, p, fused, rank=rank, ranks=ranks)
-            layout, split = _fragment(whole, holders[expert]), whole.split
-        result[p] = Described(name=name, parameter=p, route=route, layout=layout, split=split)
-    return result
-
-
-def _elementwise(shape: tuple[int, ...], group: Any) -> Callable[[int, int], ShardLayout]:
-    return lambda start, stop: ShardLayout(global_shape=shape, span=(start, stop), group=group)
-
-
-def _fragment(whole: WholeParameter, group: Any) -> Callable[[int, int], ShardLayout]:
-    return lambda start, stop: ShardLayout(global_shape=whole.shape, blocks=whole.blocks, span=(start, stop), group=group)
-
-
-def _route(name: str, p: Any, module: nn.Module, asked: tuple[str, str] | None) -> Route:
-    """Where a parameter goes: what was asked for; else matrices to Muon as in Megatron's own, but for embeddings of any kind."""
-    if asked is not None:
-        route = route_parameter(name, p, algorithm=asked[0])
-        return Route(name=name, algorithm=route.algorithm, reason=f"asked for by {asked[1]!r}", view=route.view)
-    if getattr(p, "is_embedding_or_output_parameter", False):
-        return Route(name=name, algorithm="adamw", reason="embedding or output head, as Megatron marks it")
-    if p.ndim != 2:
-        return Route(name=name, algorithm="adamw", reason=f"{p.ndim}-D: not a matrix")
-    return route_parameter(name, p, module=module)
-
-
-def _asked(names: Sequence[str], config: MuonDistConfig) -> dict[str, tuple[str, str]]:
-    """What the patterns ask for: name -> (algorithm, pattern). Collective: a pattern may match on another pipeline stage only.
-
-    Raises:
-        ValueError: a pattern that matches nothing on any rank, or two that match one name.
-    """
-    patterns = [("muon", pattern) for pattern in config.muon_params] + [("adamw", pattern) for pattern in config.muon_adamw_params]
-    if not patterns:
-        return {}
-    hits = {pattern: [name for name in names if matches(pattern, name)] for _, pattern in patterns}
-    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-    anywhere = torch.tensor([bool(hits[pattern]) for _, pattern in patterns], dtype=torch.int32, device=device)
-    dist.all_reduce(anywhere, dist.ReduceOp.MAX)
-    result: dict[str, tuple[str, str]] = {}
-    for (algorithm, pattern), hit in zip(patterns, anywhere.tolist(), strict=True):
-        if not hit:
-            raise ValueError(f"the pattern {pattern!r} matches no trainable parameter. Names look like {', '.join(names[:4])}")
-        for name in hits[pattern]:
-            if name in result:
-                raise ValueError(f"{name} is matched by {result[name][1]!r} and by {pattern!r}: make the patterns disjoint")
-            result[name] = (algorithm, pattern)
-    return result
-
-
-def _whole_model(described: Iterable[Described], groups: ProcessGroupCollection) -> tuple[list[str], int]:
-    """The names of all Muon's parameters and the elements of all parameters, over pipeline stages and experts. Collective."""
-    sizes: dict[str, int] = {}
-    muon: set[str] = set()
-    for each in described:
-        sizes[each.name] = math.prod(each.layout(0, 0).global_shape)
-        if each.route.algorithm == "muon":
-            muon.add(each.name)
-    for group in (groups.pp, groups.ep):
-        if group is not None and dist.get_world_size(group) > 1:
-            told: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(told, (sizes, muon), group=group)
-            sizes = {name: numel for theirs, _ in told for name, numel in theirs.items()}
-            muon = {name for _, theirs in told for name in theirs}
-    return sorted(muon), sum(sizes.values())
 
 
 def _telemetry(config: MuonDistConfig) -> Telemetry | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -202,6 +203,27 @@ REFUSED: tuple[tuple[str, Callable[[Any, Any, Any], Any], str], ...] = (
         "fp8 or fp4 parameters",
         lambda c, d, m: getattr(d, "fp8_param_gather", False) or getattr(m, "fp8_param", False) or getattr(m, "fp4_param", False),
         "it is untested with it. fp8 matrix products with bf16 parameters are no concern of the optimizer's",
+    ),
+    (
+        "interleaved gate and up of experts with muon_split_fc1",
+        lambda c, d, m: (
+            c.muon_split_fc1
+            and (
+                getattr(m, "moe_mlp_glu_interleave_size", None) is not None
+                or getattr(m, "moe_shared_expert_glu_interleave_size", None) is not None
+            )
+        ),
+        "their rows alternate in blocks. Take them as one matrix: --muon-no-split-fc1",
+    ),
+    (
+        "grad_norm_skip_threshold",
+        lambda c, d, m: math.isfinite(getattr(c, "grad_norm_skip_threshold", math.inf)),
+        "ranks without parameters don't leave a step out with the others, who would be waited for",
+    ),
+    (
+        "qk_clip with the distributed optimizer",
+        lambda c, d, m: getattr(m, "qk_clip", False) and c.use_distributed_optimizer,
+        "Megatron clips whole masters, of which each rank has a piece. Leave out --use-distributed-optimizer",
     ),
     ("use_mup", lambda c, d, m: getattr(m, "use_mup", False), "Megatron would scale learning rates as for Adam"),
     ("use_kitchen", lambda c, d, m: getattr(m, "use_kitchen", False), "its layers don't say how gate and up are cut"),
