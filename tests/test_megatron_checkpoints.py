@@ -89,7 +89,11 @@ def model_parallel_rank() -> int:
 def uninterrupted(setup: Setup, form: str, folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What was saved after five steps, and what became of it after three more."""
     chunks, optimizer = start(setup)
-    train(setup, chunks, optimizer, 0, SAVED_STEPS)
+    train(setup, chunks, optimizer, 0, SAVED_STEPS - 2)
+    if setup.pp > 1:  # an earlier checkpoint leaves nothing behind: other stages' spectra are those of now
+        os.makedirs(os.path.join(folder, "earlier"), exist_ok=True)
+        save(chunks, optimizer, form, os.path.join(folder, "earlier"))
+    train(setup, chunks, optimizer, SAVED_STEPS - 2, 2)
     save(chunks, optimizer, form, folder)
     saved = everything(chunks, optimizer)
     train(setup, chunks, optimizer, SAVED_STEPS, MORE_STEPS)

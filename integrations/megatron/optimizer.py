@@ -74,7 +74,6 @@ class MuonDist(torch.optim.Optimizer):
         """
         if self._bound:
             return self._part
-        self._bound = True
         found = [(piece, self._described[piece.parameter]) for piece in self._pieces]
         unlike = ""
         for piece, described in found:
@@ -84,9 +83,11 @@ class MuonDist(torch.optim.Optimizer):
         found = sorted(found + self._empty_pieces(), key=lambda each: each[1].name)
         views = [self._view(piece, described) for piece, described in found]
         if not views:
+            self._bound = True
             return None
         self._refuse_unlike(unlike, views)
         self._part = Part(views, self._groups, self._state_of, self._spectra, bucket_mb=self._config.muon_bucket_mb)
+        self._bound = True
         optimizer = self._part.optimizer
         optimizer._all_names, optimizer._model_numel, optimizer._telemetry = self.all_names, self.model_numel, self.telemetry
         return self._part
@@ -179,9 +180,9 @@ class MuonDist(torch.optim.Optimizer):
         return self._spectra
 
     def add_spectra(self, spectra: Mapping[str, Tensor]) -> None:
-        """Keep spectra that other ranks measured, for a checkpoint."""
-        for name, rows in spectra.items():
-            self._spectra.setdefault(name, rows)
+        """Keep the spectra of parameters that other ranks have, for a checkpoint."""
+        own = {described.name for described in self._described.values()}
+        self._spectra.update({name: rows for name, rows in spectra.items() if name not in own})
 
     def state_dict(self) -> dict[str, Any]:
         """State by tensor, in the tensors' shapes, and groups that carry the step count and the spectra. Never communicates."""
@@ -213,13 +214,7 @@ class MuonDist(torch.optim.Optimizer):
                     f"({described.route.reason}): its state means something else. Say --muon-params or --muon-adamw-params as before, or "
                     "start from the weights alone: --no-load-optim"
                 )
-        fresh = {
-            tensor: new_state(tensor, self._described[p].route.algorithm)
-            for tensor, p in ((piece.tensor, piece.parameter) for piece in self._pieces)
-            if tensor not in self.state
-        }
         super().load_state_dict(state_dict)
-        self.state.update(fresh)
         step = 0.0
         for group in self.param_groups:
             step = max(step, float(group.pop("step", 0.0)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +21,14 @@ from .settings import MuonDistConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Described:
-    """A parameter of this rank's model, and what becomes of it."""
+    """A parameter of this rank's model, and what becomes of it. `numel`: of the whole parameter."""
 
     name: str
     parameter: Tensor
     route: Route
     layout: Callable[[int, int], ShardLayout]  # from the elements of its tensor that a rank stores
     split: tuple[int, ...] | None
+    numel: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +72,13 @@ def describe(model_chunks: Sequence[nn.Module], config: MuonDistConfig, groups: 
         if getattr(p, "is_gtp_weight_remat", False):
             raise ValueError(f"{name} is sharded by generalised tensor parallelism (GTP), which MuonDist does not support")
         route = _route(name, p, module, asked.get(name))
+        dim = cut_dimension(p, module)
+        ranks = 1 if dim is None else dist.get_world_size(tensor_parallel)
         if route.algorithm == "adamw":
             layout, split = _elementwise(tuple(p.shape), data_parallel), None
         else:
             if expert not in holders:
                 holders[expert] = all_holders(data_parallel, tensor_parallel, made)
-            dim = cut_dimension(p, module)
-            ranks = 1 if dim is None else dist.get_world_size(tensor_parallel)
             if dim is not None and not expert and EXPERT.search(name) and dist.get_world_size(groups.expt_tp) != ranks:
                 raise ValueError(
                     f"{name} is cut over {dist.get_world_size(groups.expt_tp)} expert-tensor-parallel ranks, but this megatron-core takes "
@@ -91,7 +91,7 @@ def describe(model_chunks: Sequence[nn.Module], config: MuonDistConfig, groups: 
             rank = dist.get_rank(tensor_parallel) if ranks > 1 else 0
             whole = whole_parameter(name, p, fused, dim=dim or 0, rank=rank, ranks=ranks)
             layout, split = _fragment(whole, holders[expert]), whole.split
-        result[p] = Described(name=name, parameter=p, route=route, layout=layout, split=split)
+        result[p] = Described(name=name, parameter=p, route=route, layout=layout, split=split, numel=ranks * p.numel())
     return result
 
 
@@ -144,7 +144,7 @@ def whole_model(described: Iterable[Described], groups: Groups) -> tuple[list[st
     sizes: dict[str, int] = {}
     muon: set[str] = set()
     for each in described:
-        sizes[each.name] = math.prod(each.layout(0, 0).global_shape)
+        sizes[each.name] = each.numel
         if each.route.algorithm == "muon":
             muon.add(each.name)
     for group in (groups.pp, groups.ep):
