@@ -64,6 +64,7 @@ class MuonDist(torch.optim.Optimizer):
         self.telemetry: Telemetry | None = None
         self.all_names: Sequence[str] = ()
         self.model_numel = 0
+        self.others_spectra: dict[str, Tensor] = {}  # of parameters that other ranks have, for a checkpoint that is being written
 
     # --------------------------------------------------------------------------------------------------------- binding
 
@@ -174,15 +175,11 @@ class MuonDist(torch.optim.Optimizer):
     # ----------------------------------------------------------------------------------------------------- state dicts
 
     def spectra(self) -> dict[str, Tensor]:
-        """The measured spectra, by name, those under way included."""
+        """The measured spectra of this rank's parameters, by name, those under way included."""
         if self._part is not None:
             self._part.collect()
-        return self._spectra
-
-    def add_spectra(self, spectra: Mapping[str, Tensor]) -> None:
-        """Keep the spectra of parameters that other ranks have, for a checkpoint."""
         own = {described.name for described in self._described.values()}
-        self._spectra.update({name: rows for name, rows in spectra.items() if name not in own})
+        return {name: rows for name, rows in self._spectra.items() if name in own}
 
     def state_dict(self) -> dict[str, Any]:
         """State by tensor, in the tensors' shapes, and groups that carry the step count and the spectra. Never communicates."""
@@ -190,7 +187,8 @@ class MuonDist(torch.optim.Optimizer):
         # every rank compares and loads the count, which has no place on a device of one of them
         state = {key: {**entry, "step": entry["step"].cpu()} for key, entry in packed["state"].items()}
         step = max((int(entry["step"].item()) for entry in state.values()), default=0)
-        kept = json.dumps({"muon": sorted(self.all_names), "spectra": {name: _numbers(rows) for name, rows in self.spectra().items()}})
+        spectra = {**self.others_spectra, **self.spectra()}
+        kept = json.dumps({"muon": sorted(self.all_names), "spectra": {name: _numbers(rows) for name, rows in spectra.items()}})
         return {"state": state, "param_groups": [{**group, "step": step, SAVED: kept} for group in packed["param_groups"]]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -277,19 +275,20 @@ class MuonDistOptimizer(ChainedOptimizer):
 
     def sharded_state_dict(self, model_sharded_state_dict: Any, is_loading: bool = False, **options: Any) -> Any:
         """As Megatron's, with the spectra of all pipeline stages and experts. Collective when saving."""
-        if not is_loading:
-            for group in (self._groups.pp, self._groups.ep):
-                self._share_spectra(group)
-        return super().sharded_state_dict(model_sharded_state_dict, is_loading, **options)
-
-    def _share_spectra(self, group: Any) -> None:
-        if group is None or dist.get_world_size(group) == 1:
-            return
-        told: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(told, [inside.spectra() for inside in self._inside], group=group)
-        for each in told:
-            for inside, spectra in zip(self._inside, each, strict=True):
-                inside.add_spectra(spectra)
+        if is_loading:
+            return super().sharded_state_dict(model_sharded_state_dict, is_loading, **options)
+        known = [inside.spectra() for inside in self._inside]
+        for group in (self._groups.pp, self._groups.ep):
+            told: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(told, known, group=group)
+            known = [{name: rows for spectra in each for name, rows in spectra.items()} for each in zip(*told, strict=True)]
+        try:
+            for inside, spectra in zip(self._inside, known, strict=True):
+                inside.others_spectra = spectra
+            return super().sharded_state_dict(model_sharded_state_dict, is_loading, **options)
+        finally:
+            for inside in self._inside:
+                inside.others_spectra = {}
 
 
 def get_muon_dist_optimizer(
