@@ -1,4 +1,4 @@
-"""`muon-dist bench megatron`: the optimizer step of MuonDist beside that of Megatron's own Muon in its three tensor-parallel modes.
+"""`muon-dist bench megatron`: the optimizer step of MuonDist beside that of Megatron's own Muon in its three modes, on CPU ranks.
 
 The same GPT, data and seeds under each; in every round each of them steps once, on gradients of its own backward pass. Newton–Schulz runs
 in fp32 with the same five polynomials on both sides: Megatron's default precision is bf16 inside, which a CPU computes tens of times
@@ -103,7 +103,7 @@ def _spawned(n: int, tp: int, hidden: int, layers: int, rounds: int, warmup: int
 
 
 def _measure(rank: int, world: int, folder: str, tp: int, hidden: int, layers: int, rounds: int, warmup: int, threads: int) -> None:
-    os.environ.update(TORCHDYNAMO_DISABLE="1", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(CUDA_VISIBLE_DEVICES="", TORCHDYNAMO_DISABLE="1", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(threads)
@@ -137,9 +137,9 @@ def _measure(rank: int, world: int, folder: str, tp: int, hidden: int, layers: i
 
     updates = {}
     for name, (chunks, _) in models.items():
-        before = _whole_matrices(chunks)
+        before = host.whole_matrices(chunks)
         step(name, 0)
-        updates[name] = {key: value - before[key] for key, value in _whole_matrices(chunks).items()}
+        updates[name] = {key: value - before[key] for key, value in host.whole_matrices(chunks).items()}
         for k in range(1, warmup if name != ADAPTIVE else max(warmup, 24)):  # adaptive schedules are measured by then
             if rounds:
                 step(name, k)
@@ -217,16 +217,3 @@ def _build(setup: host.Setup, name: str) -> tuple[list[Any], Any]:
 
 def _inner_states(optimizer: Any) -> list[dict[str, Any]]:
     return [state for wrapper in optimizer.chained_optimizers for state in wrapper.optimizer.state.values()]
-
-
-def _whole_matrices(chunks: list[Any]) -> dict[str, Tensor]:
-    """The weights of linear layers, whole."""
-    from megatron.core import parallel_state
-
-    group, result = parallel_state.get_tensor_model_parallel_group(), {}
-    for name, p in chunks[0].named_parameters():
-        if p.ndim == 2 and ".layers." in name:
-            shards = [torch.empty_like(p) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(shards, p.detach().contiguous(), group=group)
-            result[name] = torch.cat(shards, dim=p.partition_dim) if p.tensor_model_parallel else shards[0]
-    return result

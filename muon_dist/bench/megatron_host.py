@@ -93,8 +93,6 @@ class Setup:
     context: int = 16
     vocabulary: int = 64
     clip: float = 1.0
-    more: tuple[tuple[str, Any], ...] = ()  # of the transformer config
-    ddp: tuple[tuple[str, Any], ...] = ()  # of the DDP config
 
 
 def initialize(setup: Setup) -> None:
@@ -117,7 +115,7 @@ def transformer_config(setup: Setup) -> Any:
     from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     dtype = DTYPES[setup.dtype]
-    more: dict[str, Any] = dict(setup.more)
+    more: dict[str, Any] = {}
     if setup.gated:
         more.update(gated_linear_unit=True, activation_func=F.silu)
     if setup.experts:
@@ -224,7 +222,6 @@ def make_model(setup: Setup) -> list[Any]:
         overlap_param_gather=setup.overlap and setup.distributed_optimizer,
         use_distributed_optimizer=setup.distributed_optimizer,
         num_distributed_optimizer_instances=setup.instances,
-        **dict(setup.ddp),
     )
     return [DistributedDataParallel(config, ddp, model)]
 
@@ -302,6 +299,22 @@ def train_step(
     )
     stepped = optimizer.step()
     return (float(sum(each["loss"] for each in losses) / len(losses)) if losses else None), stepped
+
+
+def whole_matrices(chunks: list[Any]) -> dict[str, Tensor]:
+    """The weights of linear layers, whole and as without tensor parallelism, by name."""
+    from megatron.core import parallel_state
+
+    group, result = parallel_state.get_tensor_model_parallel_group(), {}
+    for name, p in chunks[0].named_parameters():
+        if p.ndim == 2 and ".layers." in name:
+            shards = [torch.empty_like(p) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(shards, p.detach().contiguous(), group=group)
+            if "linear_fc1" in name and chunks[0].config.gated_linear_unit:
+                shards = [shard.chunk(2)[k] for k in (0, 1) for shard in shards]
+            cut = getattr(p, "tensor_model_parallel", False) and len(shards) > 1
+            result[name.removeprefix("module.")] = torch.cat(shards, dim=p.partition_dim) if cut else shards[0]
+    return result
 
 
 def everyone(value: Any, group: Any = None) -> list[Any]:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from muon_dist.bench.megatron_host import whole_matrices
 
 from .. import megatron_hosts as hosts
 from ..megatron_hosts import Setup
@@ -28,22 +28,6 @@ def start(setup: Setup, **given: Any) -> tuple[list[Any], Any]:
     chunks = hosts.make_model(setup)
     given = {"optimizer": "muon", "muon_coefficient_type": "simple", **SETTINGS, **given}
     return chunks, get_megatron_optimizer(hosts.optimizer_config(setup, OptimizerConfig, **given), chunks)
-
-
-def whole_matrices(chunks: list[Any]) -> dict[str, Tensor]:
-    """The weights of linear layers, whole and as at TP 1, from the model."""
-    from megatron.core import parallel_state
-
-    group, result = parallel_state.get_tensor_model_parallel_group(), {}
-    for name, p in chunks[0].named_parameters():
-        if p.ndim == 2 and ".layers." in name:
-            shards = [torch.empty_like(p) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(shards, p.detach().contiguous(), group=group)
-            if "linear_fc1" in name and chunks[0].config.gated_linear_unit:
-                shards = [shard.chunk(2)[k] for k in (0, 1) for shard in shards]
-            cut = getattr(p, "tensor_model_parallel", False) and len(shards) > 1
-            result[name.removeprefix("module.")] = torch.cat(shards, dim=p.partition_dim) if cut else shards[0]
-    return result
 
 
 def update(
