@@ -146,3 +146,21 @@ def test_an_unknown_optimizer_or_flag_is_still_refused() -> None:
     for flags, message in ((["--optimizer", "muon_dst"], "muon_dist"), (["--muon-covrage", "0.9"], "unrecognized arguments")):
         done = run([sys.executable, "-W", "ignore", "-c", PARSE, *SMALL, *flags], WORLD_SIZE="1", RANK="0")
         assert done.returncode == 2 and message in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------- bench
+
+
+def test_the_bench_compares_all_modes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "muon_dist.cli.main", "bench", "megatron"]
+    done = run([*command, "--hidden", "128", "--layers", "1", "--rounds", "1", "--warmup", "1", "--json", str(tmp_path / "all.json")])
+    assert done.returncode == 0, done.stderr[-2000:]
+    (record,) = json.loads((tmp_path / "all.json").read_text())["runs"]
+    theirs = [f"Megatron's, {mode}" for mode in ("blockwise", "duplicated", "distributed")]
+    assert list(record["seconds"]) == [*theirs, "MuonDist, 5 steps", "MuonDist, adaptive"]
+    assert record["differs"]["Megatron's, blockwise"] > 0.1 and record["differs"]["MuonDist, 5 steps"] < 2e-4
+    # every matrix once instead of on both ranks; as many bytes as gathering it there takes, and the flag of finite gradients
+    assert record["flops"]["MuonDist, 5 steps"] < 0.5 * record["flops"]["Megatron's, duplicated"]
+    assert record["received"]["MuonDist, 5 steps"] <= record["received"]["Megatron's, duplicated"] + 4
+    done = run([*command, "--hidden", "64"])
+    assert done.returncode == 2 and "--hidden is one of 64 × --tp" in done.stderr

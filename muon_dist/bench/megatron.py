@@ -35,8 +35,11 @@ LR = 1e-3
 
 
 def run(*, ranks: list[int], tp: int, hidden: int, layers: int, rounds: int, warmup: int, json_path: str | None) -> int:
-    if min(hidden // 64, layers, rounds, warmup, tp) < 1 or any(n < tp or n % tp for n in ranks):
-        raise ValueError(f"--ranks are multiples of --tp, --hidden is at least 64 and all others 1, got {ranks}, {tp}, {hidden}")
+    if min(hidden, layers, rounds, warmup, tp) < 1 or hidden % (64 * tp) or any(n < tp or n % tp for n in ranks):
+        raise ValueError(
+            f"--ranks are multiples of --tp, --hidden is one of 64 × --tp (heads of 64) and all others are at least 1, got {ranks}, {tp}, "
+            f"{hidden}, {layers}, {rounds}, {warmup}"
+        )
     try:
         import megatron.core
         from megatron.core.optimizer.emerging_optimizers import HAVE_EMERGING_OPTIMIZERS
