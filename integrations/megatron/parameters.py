@@ -148,7 +148,7 @@ def whole_model(described: Iterable[Described], groups: Groups) -> tuple[list[st
         if each.route.algorithm == "muon":
             muon.add(each.name)
     for group in (groups.pp, groups.ep):
-        if group is not None and dist.get_world_size(group) > 1:
+        if dist.get_world_size(group) > 1:
             told: list[Any] = [None] * dist.get_world_size(group)
             dist.all_gather_object(told, (sizes, muon), group=group)
             sizes = {name: numel for theirs, _ in told for name, numel in theirs.items()}

@@ -152,7 +152,7 @@ def _measure(rank: int, world: int, folder: str, tp: int, hidden: int, layers: i
             step(name, 100 + k)
             record["seconds"][name].append(steps[name].seconds)
     for name, (_, optimizer) in models.items():
-        with steps[name].counting() as counted:
+        with steps[name] as counted:
             step(name, 1000)
         held = [t for state in _inner_states(optimizer) for t in state.values() if isinstance(t, Tensor)]
         figures = torch.tensor(
@@ -167,7 +167,7 @@ def _measure(rank: int, world: int, folder: str, tp: int, hidden: int, layers: i
 
 
 class _Timed:
-    """Times an optimizer's step, with all ranks at its beginning and at its end; counts instead where it is asked to."""
+    """Times an optimizer's step, with all ranks at its beginning and at its end; counts instead where it is entered as a context."""
 
     def __init__(self, optimizer: Any) -> None:
         self.seconds = self.flops = self.received = 0.0
@@ -188,9 +188,6 @@ class _Timed:
             return result
 
         optimizer.step = step
-
-    def counting(self) -> _Timed:
-        return self
 
     def __enter__(self) -> _Timed:
         self._counts = True

@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Received(TorchDispatchMode):
-    """Bytes that this rank receives in collectives, by what an algorithm without waste would move. For groups of `ranks`."""
+    """Bytes that this rank receives in collectives, by what an algorithm without waste would move among the ranks of each."""
 
-    def __init__(self, ranks: int | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.ranks = ranks
         self.bytes = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            name, world = func._opname, self.ranks or dist.get_world_size()
+            name, world = func._opname, _group_size(args)
             sizes = [sum(t.numel() * t.element_size() for t in tensors_in(arg)) for arg in args]
             if name.startswith("allreduce"):
                 self.bytes += 2 * sizes[0] * (world - 1) / world
@@ -29,6 +29,14 @@ class Received(TorchDispatchMode):
             elif name.startswith(("reduce_scatter", "_reduce_scatter")):
                 self.bytes += sizes[0] * (world - 1)
         return func(*args, **(kwargs or {}))
+
+
+def _group_size(args: Any) -> int:
+    """The ranks of the process group among a collective's arguments."""
+    for arg in args:
+        if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
+            return dist.ProcessGroup.unbox(arg).size()
+    return dist.get_world_size()
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
