@@ -21,6 +21,7 @@ from muon_dist.binding import BoundParameter
 from muon_dist.groups import GROUP_KEYS, STRUCTURE
 from muon_dist.polar.polynomials import Schedule
 from muon_dist.sharding.layout import ShardLayout
+from muon_dist.sharding.plan import Plan
 
 ADAMW_STATE = ("exp_avg", "exp_avg_sq")
 
@@ -144,6 +145,10 @@ class Part:
     @property
     def schedules(self) -> dict[str, tuple[tuple[int, int], Schedule]]:
         return self.optimizer.schedules
+
+    @property
+    def plans(self) -> list[tuple[tuple[int, ...], Plan]]:
+        return self.optimizer.plans
 
     def collect(self) -> None:
         """Write measurements that are under way into the spectra."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Two processes train a small GPT with sharded Muon on the Python standard library's sources, then with AdamW for comparison.
+# Two processes train a small GPT with sharded Muon on the Python standard library's sources, then with AdamW for comparison; tables and a page.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -10,7 +10,7 @@ usage: bash launch/quickstart.sh [--steps N] [--data FILE] [--nproc N] [--out DI
   --steps N      steps of each of the two runs (default 100)
   --data FILE    text to train on (default: the Python standard library's sources)
   --nproc N      processes (default 2)
-  --out DIR      where results.json and loss.png go (default runs/quickstart)
+  --out DIR      where both runs go, and report.html, a page about them (default runs/quickstart)
   --setup-only   make or complete .venv, run nothing
 USAGE
 }
@@ -40,6 +40,16 @@ prepare_environment plot
 cores="$("$VENV/bin/python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')"
 threads=$((cores / nproc)); [ "$threads" -ge 1 ] || threads=1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
-arguments=(--steps "$steps" --out "$out")
+arguments=(--steps "$steps" --batch $((4 * nproc)) --save-every 0)
 [ -z "$data" ] || arguments+=(--data "$data")
-exec "$VENV/bin/python" -m torch.distributed.run --standalone --nproc_per_node "$nproc" "$ROOT/launch/train_gpt.py" "${arguments[@]}"
+for optimizer in muon_dist adamw; do
+    echo
+    "$VENV/bin/python" -m torch.distributed.run --standalone --nproc_per_node "$nproc" \
+        "$ROOT/launch/train_gpt.py" "${arguments[@]}" --optimizer "$optimizer" --out "$out/$optimizer"
+done
+echo
+"$VENV/bin/muon-dist" report "$out/muon_dist" "$out/adamw" --out "$out/report.html"
+if [ -f "$out/muon_dist/spectrum.jsonl" ]; then
+    printf '\nwhat each matrix got, as measured last:\n'
+    "$VENV/bin/muon-dist" spectrum "$out/muon_dist" --picture "$out/spectrum.png"
+fi

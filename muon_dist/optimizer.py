@@ -34,6 +34,7 @@ from .polar.scaling import update_scale
 from .routing import Route
 from .sharding.exchange import Leg, Traffic
 from .sharding.layout import ShardLayout
+from .sharding.plan import Plan
 from .sharding.state import complete_replicas, elsewhere, fit_state, is_absent, is_elsewhere, is_unset, unset
 from .telemetry import Telemetry
 
@@ -227,6 +228,14 @@ class MuonDist(torch.optim.Optimizer):
             for domain in self._domains
             for i, (task, schedule) in enumerate(zip(domain.plan.matrices, domain.adaptation.schedules, strict=True))
         }
+
+    @property
+    def plans(self) -> list[tuple[tuple[int, ...], Plan]]:
+        """For each of this rank's domains its ranks, and the plan they follow, in which ranks are positions among them.
+
+        Empty before the first step.
+        """
+        return [(domain.ranks, domain.plan) for domain in self._domains]
 
     @property
     def skipped_steps(self) -> int:

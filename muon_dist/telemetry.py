@@ -7,7 +7,6 @@ Every rank of a domain knows what was measured, so its first rank writes and not
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from .adaptation import Adaptation
 from .polar.newton_schulz import flops
+from .run.lines import append_lines, read_lines
 from .spectrum.scaling_law import layer_kind
 from .version import __version__
 
 if TYPE_CHECKING:
     from .binding import Domain
 
-SINKS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # sink -> the package it needs
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}  # sink -> the package it needs
 
 
 class Telemetry:
@@ -47,15 +47,9 @@ class Telemetry:
             raise ValueError(f"telemetry_sinks={list(sinks)} needs a telemetry_dir as well")
         if self.directory is not None:
             self._check_writable(self.directory)
-        if isinstance(sinks, str) or not set(sinks) <= set(SINKS):
-            raise ValueError(f"telemetry_sinks is a list of {' and '.join(map(repr, SINKS))}, got {sinks!r}")
-        for sink in sinks:
-            if importlib.util.find_spec(SINKS[sink]) is None:
-                raise ValueError(f"telemetry_sinks={list(sinks)} needs the package {SINKS[sink]}, which is not installed")
-        self.sinks = tuple(sinks)
+        self._sinks = Sinks("" if self.directory is None else self.directory, sinks)
         self.send = send
         self._begun: set[int] = set()
-        self._writer: Any = None
 
     @staticmethod
     def _check_writable(directory: Path) -> None:
@@ -66,7 +60,7 @@ class Telemetry:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_writer": None, "send": None}  # a copied optimizer opens its own
+        return {**self.__dict__, "send": None}
 
     def write(self, adaptation: Adaptation, decided: Iterable[int], params: int) -> None:
         """Report the matrices that were decided anew; only the domain's first rank does something.
@@ -84,39 +78,60 @@ class Telemetry:
             self._send(line)
 
     def _append(self, directory: Path, domain: Domain, lines: Sequence[dict[str, Any]], params: int) -> None:
-        path = directory / ("spectrum.jsonl" if domain.ranks[0] == 0 else f"spectrum.rank{domain.ranks[0]}.jsonl")
         directory.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            if domain.ranks[0] not in self._begun:
-                self._begun.add(domain.ranks[0])
-                about = {
-                    "type": "run",
-                    "version": __version__,
-                    "params": params,
-                    "matrices": len(domain.matrices),
-                    "ranks": len(domain.ranks),
-                }
-                file.write(json.dumps(about) + "\n")
-            for line in lines:
-                file.write(json.dumps(line) + "\n")
+        about: list[dict[str, Any]] = []
+        if domain.ranks[0] not in self._begun:
+            self._begun.add(domain.ranks[0])
+            sizes = {"params": params, "matrices": len(domain.matrices), "ranks": len(domain.ranks)}
+            about.append({"type": "run", "version": __version__, **sizes})
+        append_lines(directory / ("spectrum.jsonl" if domain.ranks[0] == 0 else f"spectrum.rank{domain.ranks[0]}.jsonl"), [*about, *lines])
 
     def _send(self, line: dict[str, Any]) -> None:
         values = {key: v for key, v in line.items() if key.startswith("sigma") or key in ("ns_steps", "coverage", "flops")}
         values = {f"muon_dist/{line['name']}/{key}": v for key, v in values.items() if v is not None}
         if self.send is not None:
             self.send(line["step"], values)
-        if "tensorboard" in self.sinks:
+        self._sinks.log(line["step"], values, "muon_dist/step")
+
+
+class Sinks:
+    """TensorBoard and Weights & Biases, as far as they are asked for.
+
+    Args:
+        directory: where they keep their files.
+        names: any of "tensorboard" and "wandb".
+
+    Raises:
+        ValueError: an unknown sink, or one whose package is missing.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], names: Sequence[str]) -> None:
+        if isinstance(names, str) or not set(names) <= set(PACKAGES):
+            raise ValueError(f"telemetry_sinks is a list of {' and '.join(map(repr, PACKAGES))}, got {names!r}")
+        for name in names:
+            if importlib.util.find_spec(PACKAGES[name]) is None:
+                raise ValueError(f"telemetry_sinks={list(names)} needs the package {PACKAGES[name]}, which is not installed")
+        self.names = tuple(names)
+        self._directory = str(directory)
+        self._writer: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_writer": None}  # a copied optimizer opens its own
+
+    def log(self, step: int, values: Mapping[str, float], step_name: str) -> None:
+        """Values by name at a step; W&B counts steps by itself and gets this one under `step_name`."""
+        if "tensorboard" in self.names:
             if self._writer is None:
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._writer = SummaryWriter(str(self.directory))
+                self._writer = SummaryWriter(self._directory)
             for key, v in values.items():
-                self._writer.add_scalar(key, v, line["step"])
+                self._writer.add_scalar(key, v, step)
             self._writer.flush()
-        if "wandb" in self.sinks:
+        if "wandb" in self.names:
             import wandb
 
-            (wandb.run or wandb.init(dir=str(self.directory))).log({**values, "muon_dist/step": line["step"]})
+            (wandb.run or wandb.init(dir=self._directory)).log({**values, step_name: step})
 
 
 def _lines(adaptation: Adaptation, decided: set[int]) -> Iterator[dict[str, Any]]:
@@ -152,11 +167,7 @@ def read_run(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
     files = [root] if root.is_file() else sorted(root.glob("spectrum*.jsonl"))
     found: dict[tuple[int, str], dict[str, Any]] = {}
     for path in files:
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+        for record in read_lines(path):
             if record.get("type") == "matrix":
                 found[(record["step"], record["name"])] = record
     if not found:

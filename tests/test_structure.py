@@ -5,8 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 # What the modules of a room may import of ours. Everything else in muon_dist/ is the optimizer and may import all three.
-ALLOWED = {"polar": {"polar"}, "sharding": {"sharding"}, "spectrum": {"spectrum", "polar"}}
-OPTIONAL = {"matplotlib", "wandb", "safetensors"}  # imported only by the function that needs one
+ALLOWED = {"polar": {"polar"}, "sharding": {"sharding"}, "spectrum": {"spectrum", "polar"}, "run": {"run"}}
+OPTIONAL = {"matplotlib", "wandb", "safetensors", "mpi4py"}  # imported only by the function that needs one
 HOSTS = {"deepspeed", "megatron", "transformers", "accelerate", "lightning"}
 # The rooms of integrations/, each with the hosts that it may import.
 INTEGRATIONS = {"deepspeed": {"deepspeed"}, "megatron": {"megatron"}, "transformers": {"transformers"}}

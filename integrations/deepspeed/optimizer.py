@@ -16,6 +16,7 @@ from muon_dist.groups import STRUCTURE, group_routes, read_groups
 from muon_dist.polar.polynomials import Schedule
 from muon_dist.routing import Route, build_param_groups, matches
 from muon_dist.sharding.layout import ShardLayout
+from muon_dist.sharding.plan import Plan
 from muon_dist.telemetry import Telemetry
 
 from ..part import Part, all_holders, new_state, not_finite
@@ -210,6 +211,11 @@ class MuonDist(torch.optim.Optimizer):
     def schedules(self) -> dict[str, tuple[tuple[int, int], Schedule]]:
         """Every matrix's shape and the schedule that it gets now, by name. Empty before the first step."""
         return {name: found for part in self._parts or () for name, found in part.schedules.items()}
+
+    @property
+    def plans(self) -> list[tuple[tuple[int, ...], Plan]]:
+        """As `muon_dist.MuonDist.plans`, of everything that DeepSpeed steps. Empty before the first step."""
+        return [plan for part in self._parts or () for plan in part.plans]
 
     @property
     def skipped_steps(self) -> int:

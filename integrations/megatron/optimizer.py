@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from muon_dist.groups import read_groups
 from muon_dist.polar.polynomials import Schedule
 from muon_dist.routing import Route
+from muon_dist.sharding.plan import Plan
 from muon_dist.telemetry import Telemetry
 
 from ..part import DEFAULTS, Part, View, new_state, not_finite
@@ -172,6 +173,10 @@ class MuonDist(torch.optim.Optimizer):
     def schedules(self) -> dict[str, tuple[tuple[int, int], Schedule]]:
         return {} if self._part is None else self._part.schedules
 
+    @property
+    def plans(self) -> list[tuple[tuple[int, ...], Plan]]:
+        return [] if self._part is None else self._part.plans
+
     # ----------------------------------------------------------------------------------------------------- state dicts
 
     def spectra(self) -> dict[str, Tensor]:
@@ -261,6 +266,11 @@ class MuonDistOptimizer(ChainedOptimizer):
     def schedules(self) -> dict[str, tuple[tuple[int, int], Schedule]]:
         """The shape and the schedule of every matrix that this rank's ranks share, by name. Empty before the first step."""
         return {name: found for inside in self._inside for name, found in inside.schedules.items()}
+
+    @property
+    def plans(self) -> list[tuple[tuple[int, ...], Plan]]:
+        """As `muon_dist.MuonDist.plans`, of all wrappers. Empty before the first step."""
+        return [plan for inside in self._inside for plan in inside.plans]
 
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:

@@ -93,6 +93,7 @@ class Setup:
     context: int = 16
     vocabulary: int = 64
     clip: float = 1.0
+    seed: int = 123
 
 
 def initialize(setup: Setup) -> None:
@@ -204,7 +205,7 @@ def make_model(setup: Setup) -> list[Any]:
         here = setup.layers // setup.pp
         first = here * parallel_state.get_pipeline_model_parallel_rank()
         spec = TransformerBlockSubmodules(layer_specs=layers[first : first + here], layer_norm=norm)
-    torch.manual_seed(123)
+    torch.manual_seed(setup.seed)
     model: nn.Module = GPTModel(
         config,
         spec,
@@ -215,7 +216,7 @@ def make_model(setup: Setup) -> list[Any]:
         share_embeddings_and_output_weights=setup.tied,
         position_embedding_type="rope",
     )
-    model = model.to(DTYPES[setup.dtype])
+    model = model.to(_device(), DTYPES[setup.dtype])
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=setup.dtype != "fp32",
         overlap_grad_reduce=setup.overlap,
@@ -249,12 +250,34 @@ def set_rates(optimizer: Any, lr: float, weight_decay: float = 0.0) -> None:
         group["lr"], group["weight_decay"] = lr, weight_decay * group.get("wd_mult", 1.0)
 
 
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _positions_and_mask(setup: Setup) -> tuple[Tensor, Tensor]:
+    """What the model is called with beside tokens: (batch, context), and (1, 1, context, context), True where nothing is seen."""
+    positions = torch.arange(setup.context, device=_device()).unsqueeze(0).expand(setup.batch, -1)
+    return positions, torch.triu(torch.ones(1, 1, setup.context, setup.context, dtype=torch.bool, device=_device()), 1)
+
+
+@torch.no_grad()
+def evaluate(setup: Setup, chunks: list[Any], tokens: Tensor, targets: Tensor) -> Tensor:
+    """The mean loss of windows of tokens, without pipeline stages."""
+    loss: Tensor = chunks[0](tokens, *_positions_and_mask(setup), labels=targets).float().mean()
+    return loss
+
+
 def train_step(
-    setup: Setup, chunks: list[Any], optimizer: Any, step: int, read: Callable[[int], Tensor] | None = None
+    setup: Setup,
+    chunks: list[Any],
+    optimizer: Any,
+    step: int,
+    read: Callable[[int], Tensor] | None = None,
+    around: Callable[[Callable[[], Any]], Any] = lambda step: step(),
 ) -> tuple[float | None, Any]:
     """Forward, backward and the optimizer's step on data of this data-parallel rank: (loss on the last stage, what `step` returned).
 
-    `read(seed)` gives (batch, context + 1) tokens; random ones without it.
+    `read(seed)` gives (batch, context + 1) tokens; random ones without it. `around` calls the optimizer's step.
     """
     from megatron.core import parallel_state
     from megatron.core.distributed import finalize_model_grads
@@ -272,8 +295,7 @@ def train_step(
             else:
                 yield torch.randint(0, setup.vocabulary, (setup.batch, setup.context + 1), generator=generator)
 
-    positions = torch.arange(setup.context).unsqueeze(0).expand(setup.batch, -1)
-    mask = torch.triu(torch.ones(1, 1, setup.context, setup.context, dtype=torch.bool), 1)
+    positions, mask = _positions_and_mask(setup)
 
     def forward(data: Iterator[Tensor], model: Any) -> Any:
         tokens = next(data)
@@ -281,7 +303,7 @@ def train_step(
 
         def loss(value: Tensor) -> Any:
             mean = value.float().mean()
-            return mean, {"loss": mean.detach()}
+            return mean, {"loss": mean.detach().clone()}  # Megatron divides the first in place
 
         return output, loss
 
@@ -297,7 +319,7 @@ def train_step(
         micro_batch_size=setup.batch,
         forward_only=False,
     )
-    stepped = optimizer.step()
+    stepped = around(optimizer.step)
     return (float(sum(each["loss"] for each in losses) / len(losses)) if losses else None), stepped
 
 

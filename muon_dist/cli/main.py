@@ -40,6 +40,17 @@ def parser() -> argparse.ArgumentParser:
     spectrum.add_argument("--picture", metavar="FILE", help="where the picture goes (default RUN/spectrum.png)")
     spectrum.add_argument("--json", metavar="FILE", help="also write the last measurement of every matrix")
 
+    watch = commands.add_parser("watch", help="a run of launch/train_gpt.py as it goes")
+    watch.add_argument("run", help="the run's --out folder")
+    watch.add_argument("--every", type=float, default=2.0, help="seconds between two looks (default 2)")
+    watch.add_argument("--once", action="store_true", help="look once, as where the output is no terminal")
+
+    report = commands.add_parser("report", help="one HTML page of a run: curves, spectra, schedules, costs, plan, environment")
+    report.add_argument(
+        "runs", nargs="+", metavar="run", help="--out folders; the page is about the first, the others' curves are beside it"
+    )
+    report.add_argument("--out", metavar="FILE", help="where the page goes (default RUN/report.html)")
+
     fit = commands.add_parser("fit", help="scaling laws of singular values per kind of layer, from runs of several sizes")
     fit.add_argument("runs", nargs="+", help="telemetry directories, or CSV files with kind, depth, params, rank, q, sigma")
     fit.add_argument("--q", type=float, default=0.5, help="quantile to show: .1, .25, .5, .75 or .9 (default .5)")
@@ -149,6 +160,14 @@ def _run(arguments: argparse.Namespace) -> int:
         from . import spectrum
 
         return spectrum.run(arguments.run, arguments.picture, arguments.json)
+    if arguments.command == "watch":
+        from . import watch
+
+        return watch.run(arguments.run, arguments.every, arguments.once)
+    if arguments.command == "report":
+        from . import report
+
+        return report.run(arguments.runs, arguments.out)
     if arguments.command == "fit":
         from . import fit
 

@@ -46,6 +46,15 @@ def _from_config(path: Path) -> list[ModelParameter]:
         config = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"can't read the model config {path}: {error}") from error
+    return parameters_of(config, str(path))
+
+
+def parameters_of(config: dict[str, Any], path: str) -> list[ModelParameter]:
+    """The parameters of a model config; `path` is what errors call it.
+
+    Raises:
+        ValueError: a config that lacks something.
+    """
     architectures = {"llama": _llama, "gpt": _gpt}
     if config.get("architecture") not in architectures:
         raise ValueError(f"{path}: 'architecture' must be one of {sorted(architectures)}, got {config.get('architecture')!r}")

@@ -204,12 +204,28 @@ def run(
         ],
     }
 
-    def spread(values: list[int], unit: str) -> tuple[str, str, str]:
+    print(f"{config}: {si(numel)} parameters on {plan.n_ranks} ranks (dp {dp} × tp {tp}, ZeRO {zero}), {_steps(ns_steps, laws)}")
+    report(plan, state, adamw, bucket_mb=bucket_mb, model_flops=model_flops, tokens=tokens)
+    if laws:
+        report_laws(plan, predicted, coverage)
+    write_json(json_path, content)
+    return 0
+
+
+def _steps(ns_steps: int, laws: bool) -> str:
+    return f"{'predicted' if laws else ns_steps} Newton–Schulz steps"
+
+
+def report(plan: Plan, state: Sequence[int], adamw: Sequence[int], *, bucket_mb: float, model_flops: float, tokens: int) -> None:
+    """Print what a step costs every rank: least, mean and most; how even it is; and the share of the model's FLOPs."""
+    loads = plan.loads()
+
+    def spread(values: Sequence[int], unit: str) -> tuple[str, str, str]:
         return si(min(values), unit), si(sum(values) / len(values), unit), si(max(values), unit)
 
-    owners, steps = len(set(plan.owners)), "predicted" if laws else str(ns_steps)
-    print(f"{config}: {si(numel)} parameters on {plan.n_ranks} ranks (dp {dp} × tp {tp}, ZeRO {zero}), {steps} Newton–Schulz steps")
-    print(f"{len(plan.matrices)} matrices, {owners} owners, {len(plan.buckets)} buckets of up to {bucket_mb:g} MiB per owner\n")
+    print(
+        f"{len(plan.matrices)} matrices, {len(set(plan.owners))} owners, {len(plan.buckets)} buckets of up to {bucket_mb:g} MiB per owner\n"
+    )
     rows = [
         ("FLOPs as owner", *spread([load.flops for load in loads], "FLOP")),
         ("bytes sent", *spread([load.bytes_sent for load in loads], "B")),
@@ -220,17 +236,12 @@ def run(
     ]
     print(table(("per rank and step", "least", "mean", "most"), rows, right=(1, 2, 3)))
     print(f"\nimbalance {plan.imbalance():.3f} (busiest over mean); the largest matrix allows {plan.imbalance_lower_bound():.3f} at best")
-    share = total / model_flops
-    busiest = max(load.flops for load in loads) * plan.n_ranks / model_flops
+    total, busiest = sum(load.flops for load in loads), max(load.flops for load in loads) * plan.n_ranks
     print(
-        f"Newton–Schulz: {si(total, 'FLOP')} a step, {share:.2%} of the model's at {si(tokens)} tokens; "
-        f"{busiest:.2%} as seen by the busiest owner"
+        f"Newton–Schulz: {si(total, 'FLOP')} a step, {total / model_flops:.2%} of the model's at {si(tokens)} tokens; "
+        f"{busiest / model_flops:.2%} as seen by the busiest owner"
     )
     print("Wire in bf16, state in fp32 without masters. Everything here is computed from shapes; nothing was measured.")
-    if laws:
-        report_laws(plan, predicted, coverage)
-    write_json(json_path, content)
-    return 0
 
 
 def report_laws(plan: Plan, predicted: list[dict[str, Any]], coverage: float) -> None:
