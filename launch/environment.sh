@@ -2,15 +2,10 @@
 #
 #   prepare_environment EXTRA    install this package with its extra ("plot" or "test") as launch/constraints.txt pins it
 #
-# Sets VENV. Says what is wrong and exits 1 where it can't. PYTHON chooses the interpreter, VENV_NAME another place than .venv.
+# Sets VENV. Says what is wrong and exits 2 where it can't. PYTHON chooses the interpreter, VENV_NAME another place than .venv.
 
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$(dirname "${BASH_SOURCE[0]}")/processes.sh"
 VENV="$ROOT/${VENV_NAME:-.venv}"
-
-fail() {
-    printf 'error: %s\n' "$*" >&2
-    exit 1
-}
 
 is_new_enough() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null

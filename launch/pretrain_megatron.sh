@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Start a Megatron training script, unchanged, with MuonDist known to it, under torchrun.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/processes.sh"
 
 usage() {
     cat <<USAGE
@@ -12,11 +13,6 @@ usage: bash launch/pretrain_megatron.sh SCRIPT [--args FILE] [Megatron's flags]
 NPROC (processes on this node; default: its GPUs), NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT are torchrun's. PYTHON chooses the
 interpreter, which must have megatron-core and muon_dist.
 USAGE
-}
-
-fail() {
-    printf 'error: %s\n' "$*" >&2
-    exit 2
 }
 
 case "${1:-}" in
@@ -37,10 +33,8 @@ if [ "${1:-}" = "--args" ]; then
     shift 2
 fi
 
-python="${PYTHON:-python3}"
-"$python" -c 'import muon_dist.integrations.megatron' || fail "$python can't import muon_dist.integrations.megatron; the lines above say why"
-gpus="$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)"
-nproc="${NPROC:-$((gpus > 0 ? gpus : 1))}"
+choose_python muon_dist.integrations.megatron
+choose_processes
 if [ "${NNODES:-1}" -gt 1 ]; then
     [ -n "${MASTER_ADDR:-}" ] || fail "NNODES is $NNODES, but MASTER_ADDR is not set: name the host of node 0"
     [ -n "${NODE_RANK:-}" ] || fail "NNODES is $NNODES, but NODE_RANK is not set: number the nodes from 0"
@@ -49,5 +43,5 @@ else
     where=(--standalone)
 fi
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}" # Megatron asks for it with tensor parallelism
-exec "$python" -m torch.distributed.run "${where[@]}" --nproc_per_node "$nproc" \
+exec "$PYTHON" -m torch.distributed.run "${where[@]}" --nproc_per_node "$NPROC" \
     --module muon_dist.integrations.megatron "$script" "${flags[@]}" "$@"

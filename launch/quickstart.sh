@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Two processes train a small GPT with sharded Muon on the Python standard library's sources, then with AdamW for comparison; tables and a page.
+# Two processes train a small GPT with sharded Muon on the Python standard library's sources, then with AdamW: tables, a page, a picture.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -31,15 +31,12 @@ done
 [[ "$steps" =~ ^[1-9][0-9]*$ ]] || fail "--steps must be a positive number, got '$steps'"
 [[ "$nproc" =~ ^[1-9][0-9]*$ ]] || fail "--nproc must be a positive number, got '$nproc'"
 [ -z "$data" ] || [ -f "$data" ] || fail "--data $data is not a file"
-[ -z "$data" ] || [ "$(wc -c <"$data")" -ge 258 ] || fail "--data $data is too short: a window of text is 256 bytes and two more are needed"
+[ -z "$data" ] || [ "$(wc -c <"$data")" -ge 513 ] || fail "--data $data is too short: two windows of 256 bytes, one to train on and one held out, need 513 bytes"
 
 prepare_environment plot
 [ -z "$setup_only" ] || { echo "ready: $VENV"; exit 0; }
 
-# One thread for each process where they would otherwise fight for the cores
-cores="$("$VENV/bin/python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')"
-threads=$((cores / nproc)); [ "$threads" -ge 1 ] || threads=1
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$threads}"
+choose_threads "$nproc"
 arguments=(--steps "$steps" --batch $((4 * nproc)) --save-every 0)
 [ -z "$data" ] || arguments+=(--data "$data")
 for optimizer in muon_dist adamw; do
