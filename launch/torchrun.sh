@@ -30,5 +30,6 @@ else
     where=(--nnodes "$NNODES" --rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}" --rdzv_id "${RUN_ID:-train_gpt}")
     [ -z "${LOCAL_ADDR:-}" ] || where+=(--local_addr "$LOCAL_ADDR")
 fi
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a new store for every restart: the old one holds addresses of dead processes
 exec "$PYTHON" -m torch.distributed.run "${where[@]}" --nproc_per_node "$NPROC" --max_restarts "${MAX_RESTARTS:-3}" \
     --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout "${GRACE:-300}" "$ROOT/launch/train_gpt.py" "$@"

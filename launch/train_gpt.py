@@ -28,7 +28,16 @@ from log import Log, Meter
 from options import OF_A_RUN, Options, parse
 from torch import Tensor
 
-from muon_dist.run import Checkpoint, Ranks, Watchdog, find_ranks, latest_checkpoint, save_checkpoint, start_process_group
+from muon_dist.run import (
+    Checkpoint,
+    Ranks,
+    Watchdog,
+    end_process_group,
+    find_ranks,
+    latest_checkpoint,
+    save_checkpoint,
+    start_process_group,
+)
 from muon_dist.run.checkpoints import require_shared
 from muon_dist.version import __version__
 
@@ -48,7 +57,7 @@ def main() -> None:
     log = Log(options, ranks)
     with Signals() as signals, Watchdog(ranks, timeout=options.rank_timeout, ending=log.failed) as watchdog:
         Trainer(options, ranks, device, watchdog, signals, log).train()
-    dist.destroy_process_group()
+    end_process_group()
 
 
 class Trainer:

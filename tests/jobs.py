@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -26,9 +27,16 @@ SMALL = [*SIZE, *LOGS, "--batch", "12", "--burn-in", "2", "--measure-every", "3"
 
 
 class Job:
-    """`n` ranks of the trainer, as torchrun would start them, with their output in files."""
+    """`n` ranks of the trainer, or of `function(*arguments)`, as torchrun would start them, with their output in files."""
 
-    def __init__(self, n: int, arguments: Sequence[str], folder: Path, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        n: int,
+        arguments: Sequence[Any],
+        folder: Path,
+        environment: dict[str, str] | None = None,
+        function: Callable[..., None] | None = None,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.outputs = [folder / f"output-{rank}.txt" for rank in range(n)]
         port = free_port()
@@ -36,7 +44,7 @@ class Job:
         for rank, output in enumerate(self.outputs):
             variables = {"RANK": rank, "WORLD_SIZE": n, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": n, "MASTER_PORT": port}
             given = {**{k: str(v) for k, v in variables.items()}, "MASTER_ADDR": "127.0.0.1", **(environment or {})}
-            process = _context.Process(target=_main, args=(given, list(arguments), str(output)))
+            process = _context.Process(target=_main, args=(given, function or _trainer, list(arguments), str(output)))
             process.start()
             self.processes.append(process)
 
@@ -70,7 +78,7 @@ def train(n: int, arguments: Sequence[str], out: Path, *, environment: dict[str,
     return job
 
 
-def wait_for(condition, timeout: float = 60) -> None:  # noqa: ANN001
+def wait_for(condition, timeout: float = 60) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -100,7 +108,7 @@ def whole_state(checkpoint: Path, scratch: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def _main(environment: dict[str, str], arguments: list[str], output: str) -> None:
+def _main(environment: dict[str, str], function: Callable[..., None], arguments: list[Any], output: str) -> None:
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -108,8 +116,12 @@ def _main(environment: dict[str, str], arguments: list[str], output: str) -> Non
     os.environ.update(environment)
     os.chdir(ROOT)
     torch.set_num_threads(1)
+    function(*arguments)
+
+
+def _trainer(*arguments: str) -> None:
     sys.path.insert(0, str(ROOT / "launch"))
-    other_width = os.environ.get(f"MUON_DIST_TEST_WIDTH_OF_RANK_{environment['RANK']}")
+    other_width = os.environ.get(f"MUON_DIST_TEST_WIDTH_OF_RANK_{os.environ['RANK']}")
     sys.argv = ["train_gpt.py", *arguments, *(["--width", other_width] if other_width else [])]
     import train_gpt
 

@@ -90,7 +90,7 @@ class Cluster:
         fields = self.run("scontrol", "show", "job", "--oneliner", job).split()
         return next(field.removeprefix("JobState=") for field in fields if field.startswith("JobState="))
 
-    def wait_for(self, condition, timeout: float = 90, what=lambda: "") -> None:  # noqa: ANN001
+    def wait_for(self, condition, timeout: float = 90, what=lambda: "") -> None:
         deadline = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < deadline, f"it did not happen in time\n{what()}"

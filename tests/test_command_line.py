@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from muon_dist import MuonDist
 from muon_dist.cli.main import main
+from muon_dist.cli.run_log import read_log
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -56,11 +57,7 @@ def test_inspect_tells_every_parameters_route_reason_view_and_scale(tmp_path: Pa
 
 
 def test_the_config_of_the_quickstart_is_its_model() -> None:
-    sys.path.insert(0, str(ROOT / "launch"))
-    try:
-        from train_gpt import GPT
-    finally:
-        sys.path.pop(0)
+    from muon_dist.bench.small_gpt import GPT
     from muon_dist.cli.models import model_parameters
 
     model = GPT(layers=6, width=256, heads=4, context=256)
@@ -127,15 +124,19 @@ def quickstart(*arguments: str) -> subprocess.CompletedProcess:
 def test_the_quickstart_trains_and_draws(tmp_path: Path) -> None:
     data = tmp_path / "text"
     data.write_text("to be or not to be, that is the question\n" * 200)
-    result = quickstart("--steps", "2", "--data", str(data), "--nproc", "1", "--out", str(tmp_path / "out"))
+    out = tmp_path / "out"
+    result = quickstart("--steps", "2", "--data", str(data), "--nproc", "1", "--out", str(out))
     assert result.returncode == 0, result.stdout + result.stderr
-    written = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [(r["optimizer"], len(r["loss"])) for r in written["runs"]] == [("MuonDist", 2), ("AdamW", 2)]
-    assert written["world_size"] == 1 and written["runs"][0]["skipped_steps"] == 0
+    logs = {name: read_log(str(out / name)) for name in ("muon_dist", "adamw")}
+    for name, log in logs.items():
+        assert log.starts[0]["optimizer"] == name and log.starts[0]["environment"]["world_size"] == 1
+        assert log.steps[-1]["step"] == 2 and log.steps[-1]["skipped_steps"] == 0 and log.state() == "finished"
     # one momentum for 4.7 M elements in matrices, two moments for 0.2 M in the rest, against two moments for all
-    assert written["runs"][0]["state_bytes_per_rank"] < 0.53 * written["runs"][1]["state_bytes_per_rank"]
-    assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert "MuonDist  step    2/2" in result.stdout and "optimizer share" in result.stdout
+    assert logs["muon_dist"].plan["state_bytes"] < 0.53 * logs["adamw"].plan["state_bytes"]
+    assert "<!doctype html>" in (out / "report.html").read_text()
+    assert "step 2/2" in result.stdout and "optimizer share" in result.stdout
+    again = quickstart("--steps", "2", "--data", str(data), "--nproc", "1", "--out", str(out))  # begins anew
+    assert again.returncode == 0 and "going on from" not in again.stdout
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_the_quickstart_trains_and_draws(tmp_path: Path) -> None:
 )
 def test_the_quickstart_refuses_what_it_does_not_know(arguments: tuple[str, ...], words: str) -> None:
     result = quickstart(*arguments)
-    assert result.returncode == 1 and words in result.stderr
+    assert result.returncode == 2 and words in result.stderr
 
 
 def trained(folder: Path, width: int) -> None:

@@ -30,7 +30,9 @@ class Submitted:
         self.cluster, self.out, self.log = cluster, folder / "out", folder / "job.log"
         shape = ("--gpus-per-node=0", "--nodes=2", "--ntasks-per-node=2", "--cpus-per-task=1", f"--output={self.log}", f"--chdir={ROOT}")
         given = {"MASTER_ADDR": "127.0.0.1", "OUT": str(self.out), "PYTHON": sys.executable, "RESTART_DELAY": "1", **variables}
-        printed = cluster.run("sbatch", *shape, *options, str(ROOT / "launch" / "slurm.sbatch"), *FLAGS, *flags, MUON_DIST_ROOT=str(ROOT), **given)
+        printed = cluster.run(
+            "sbatch", *shape, *options, str(ROOT / "launch" / "slurm.sbatch"), *FLAGS, *flags, MUON_DIST_ROOT=str(ROOT), **given
+        )
         self.number = re.search(r"job (\d+)", printed)[1]
 
     def text(self) -> str:

@@ -18,13 +18,19 @@ from torch.multiprocessing.spawn import spawn
 
 from ..optimizer import MuonDist
 from ..polar.polynomials import JORDAN
+from ..run import end_process_group
 from ..version import __version__
 
 SHAPES = [(48, 40), (33, 17), (5, 64)]
 BOUND = {torch.float64: 1e-10, torch.float32: 2e-5}
 
 
-def run() -> int:
+def run(launcher: str | None = None) -> int:
+    """Check this installation with two ranks; or, as each rank of a job that `launcher` started, the job."""
+    if launcher is not None:
+        from . import doctor_launcher
+
+        return doctor_launcher.run(launcher)
     print(f"muon_dist {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for package in ("torch", "numpy", "deepspeed", "megatron-core", "emerging-optimizers", "transformers", "mpi4py"):
         try:
@@ -38,20 +44,28 @@ def run() -> int:
         return 1
     backends = [name for name in ("gloo", "nccl", "mpi") if dist.is_backend_available(name)]
     print(f"backends: {', '.join(backends)}")
-    on_cuda = len(devices) >= 2 and "nccl" in backends
-    device, dtype = ("cuda", torch.float32) if on_cuda else ("cpu", torch.float64)
-    print(f"two ranks, FSDP2 on {device}, {dtype}, one step against the whole matrices in one process …", flush=True)
+    device = "cuda" if len(devices) >= 2 and "nccl" in backends else "cpu"
+    print(f"two ranks, FSDP2 on {device}, {_dtype(device)}, one step against the whole matrices in one process …", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            spawn(_rank, args=(folder, device, dtype), nprocs=2)
+            spawn(_rank, args=(folder, device), nprocs=2)
             with open(os.path.join(folder, "error")) as file:
                 error = float(file.read())
         except Exception as failure:
             print(f"FAILED: {failure}", file=sys.stderr)
             return 1
-    good = error <= BOUND[dtype]
-    print(f"largest relative error of an update: {error:.1e} (at most {BOUND[dtype]:.0e}): {'ok' if good else 'WRONG'}")
-    return 0 if good else 1
+    return verdict(error, device)
+
+
+def verdict(error: float, device: str) -> int:
+    """Say whether an update is right: 0 if so."""
+    bound = BOUND[_dtype(device)]
+    print(f"largest relative error of an update: {error:.1e} (at most {bound:.0e}): {'ok' if error <= bound else 'WRONG'}")
+    return 0 if error <= bound else 1
+
+
+def _dtype(device: str) -> torch.dtype:
+    return torch.float32 if device == "cuda" else torch.float64
 
 
 class _Bank(nn.Module):
@@ -64,20 +78,30 @@ class _Bank(nn.Module):
         return result
 
 
-def _rank(rank: int, folder: str, device: str, dtype: torch.dtype) -> None:
+def _rank(rank: int, folder: str, device: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("nccl" if device == "cuda" else "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     if device == "cuda":
         torch.cuda.set_device(rank)
+    worst = largest_error(device)
+    if rank == 0:
+        with open(os.path.join(folder, "error"), "w") as file:
+            file.write(repr(worst))
+    end_process_group()
+
+
+def largest_error(device: str) -> float:
+    """The largest relative error of an update of matrices in FSDP2's shards over all ranks, against whole ones. Collective."""
+    rank, size, dtype = dist.get_rank(), dist.get_world_size(), _dtype(device)
     torch.manual_seed(0)
     whole = [torch.randn(shape, dtype=dtype) for shape in SHAPES]
     model = _Bank(dtype).to(device)
-    fully_shard(model, mesh=init_device_mesh(device, (2,)))
+    fully_shard(model, mesh=init_device_mesh(device, (size,)))
     named = list(model.named_parameters())
     gradients = [torch.randn(shape, dtype=dtype) for shape in SHAPES]
     for (_, p), value, gradient in zip(named, whole, gradients, strict=True):
         assert isinstance(p, DTensor)  # fully_shard made it one
-        rows = slice(*_rows(value.shape[0], rank))
+        rows = slice(*_rows(value.shape[0], rank, size))
         p.to_local().data.copy_(value[rows])
         p.grad = DTensor.from_local(
             gradient[rows].to(device), p.device_mesh, p.placements, run_check=False, shape=value.shape, stride=value.stride()
@@ -89,15 +113,11 @@ def _rank(rank: int, folder: str, device: str, dtype: torch.dtype) -> None:
         update = value - p.full_tensor().detach().cpu()
         expected = _naive(gradient.lerp(gradient * 0.05, 0.95))
         worst = max(worst, float((update - expected).norm() / expected.norm()))
-    if rank == 0:
-        with open(os.path.join(folder, "error"), "w") as file:
-            file.write(repr(worst))
-    dist.barrier()
-    dist.destroy_process_group()
+    return worst
 
 
-def _rows(size: int, rank: int) -> tuple[int, int]:
-    chunk = -(-size // 2)
+def _rows(size: int, rank: int, ranks: int) -> tuple[int, int]:
+    chunk = -(-size // ranks)
     return min(rank * chunk, size), min((rank + 1) * chunk, size)
 
 

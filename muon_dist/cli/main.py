@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from ..polar.scaling import NAMES
+from ..run.bootstrap import LAUNCHERS
 from ..version import __version__
 
 
@@ -15,7 +16,12 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="muon-dist", description="Muon for large models, distributed: look, plan, measure.")
     root.add_argument("--version", action="version", version=f"muon-dist {__version__}")
     commands = root.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="versions, devices, backends, and a real two-rank step checked against whole matrices")
+    doctor = commands.add_parser("doctor", help="versions, devices, backends, and a real two-rank step checked against whole matrices")
+    doctor.add_argument(
+        "--launcher",
+        choices=LAUNCHERS,
+        help="check a cluster before the job: started by this launcher as the job will be, looks at all ranks, their links and a step",
+    )
 
     inspect = commands.add_parser("inspect", help="every parameter of a model: route, reason, matrices, scale")
     inspect.add_argument("model", help="a config such as configs/models/llama-8b.json, or a module path such as package.module:Class")
@@ -136,7 +142,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "doctor":
         from . import doctor
 
-        return doctor.run()
+        return doctor.run(arguments.launcher)
     if arguments.command == "inspect":
         from . import inspect
 

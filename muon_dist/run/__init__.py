@@ -3,8 +3,17 @@
 Knows ranks and files, neither models nor Muon. `launch/train_gpt.py` shows all of it in use.
 """
 
-from .bootstrap import Ranks, find_ranks, start_process_group
+from .bootstrap import Ranks, end_process_group, find_ranks, start_process_group
 from .checkpoints import Checkpoint, latest_checkpoint, save_checkpoint
 from .watchdog import Watchdog
 
-__all__ = ["Checkpoint", "Ranks", "Watchdog", "find_ranks", "latest_checkpoint", "save_checkpoint", "start_process_group"]
+__all__ = [
+    "Checkpoint",
+    "Ranks",
+    "Watchdog",
+    "end_process_group",
+    "find_ranks",
+    "latest_checkpoint",
+    "save_checkpoint",
+    "start_process_group",
+]

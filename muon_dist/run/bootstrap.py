@@ -5,15 +5,20 @@ MPI finds ranks and carries rank 0's address, nothing else: tensors stay on torc
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import re
 import socket
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SLURM_VARIABLES = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
@@ -63,7 +68,27 @@ def find_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
     Raises:
         ValueError: an environment that is set in part, or contradicts itself; the message names the variables.
     """
-    env = os.environ if environment is None else environment
+    if environment is not None:
+        return _find(environment)
+    try:
+        return _find(os.environ)
+    except ValueError as error:
+        _end_mpi(error)
+        raise
+
+
+def _end_mpi(error: ValueError) -> None:
+    """Where MPI started this process the others wait for it in MPI's own initialisation, so they must be ended, too."""
+    if any(name in os.environ for name in MPI_VARIABLES) and "SLURM_STEP_ID" not in os.environ:
+        with contextlib.suppress(ImportError, RuntimeError):
+            from mpi4py import MPI
+
+            if MPI.COMM_WORLD.Get_size() > 1:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                MPI.COMM_WORLD.Abort(2)
+
+
+def _find(env: Mapping[str, str]) -> Ranks:
     if any(name in env for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
         return _from_torch(env)
     marks = [name for name in MPI_VARIABLES if name in env]
@@ -150,9 +175,9 @@ def _from_slurm(env: Mapping[str, str]) -> Ranks:
 
 def first_host(nodelist: str) -> str:
     """The first name in Slurm's short form of a list of hosts: "gpu[007-010,12],login" gives "gpu007"."""
-    head = re.match(r"([^\[,]*)(?:\[(\w+)[^\]]*\]([^,\[]*))?", nodelist)
-    assert head is not None  # the pattern matches anything
-    return head[1] + (head[2] or "") + (head[3] or "")
+    name = re.match(r"(?:[^\[,]|\[[^\]]*\])*", nodelist)
+    assert name is not None  # the pattern matches anything
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", name[0])
 
 
 def tasks_per_node(counts: str) -> list[int]:
@@ -243,7 +268,11 @@ def start_process_group(ranks: Ranks, *, timeout: float = 1800) -> torch.device:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        # Ranks that torchrun starts again find the store of those before them, and would connect to addresses of dead processes.
+        attempt = "/".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RESTART_COUNT", "GROUP_WORLD_SIZE", "WORLD_SIZE"))
+        store, rank, world_size = next(rendezvous("env://", ranks.rank, ranks.world_size, timeout=timedelta(seconds=timeout)))
+        store = PrefixStore(f"muon_dist/{attempt}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout))
     except (dist.DistError, RuntimeError) as error:
         raise RuntimeError(
             f"the {ranks.world_size} ranks did not meet at {ranks.master_addr}:{port} ({error}). Check that all of them were started, that "
@@ -261,3 +290,13 @@ def start_process_group(ranks: Ranks, *, timeout: float = 1800) -> torch.device:
                 "device for each of its processes, or none (CUDA_VISIBLE_DEVICES=)"
             )
     return device
+
+
+def end_process_group() -> None:
+    """End torch.distributed. Collective.
+
+    What still refers to process groups is collected first: a gloo thread that is left when Python ends may abort the process.
+    """
+    dist.barrier()
+    gc.collect()
+    dist.destroy_process_group()

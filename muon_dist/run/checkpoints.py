@@ -131,7 +131,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     for name, size in files.items():
         held = (root / name).stat().st_size if (root / name).is_file() else None
         if held != size:
-            raise ValueError(f"{root} is damaged: {name} has {'gone' if held is None else f'{held} bytes'}, and was saved with {size}")
+            state = "is gone" if held is None else f"has {held} bytes"
+            raise ValueError(f"{root} is damaged: {name} {state}, and was saved with {size}")
     return Checkpoint(path=root, step=step, about=about)
 
 

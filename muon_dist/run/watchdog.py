@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -99,7 +100,7 @@ class Watchdog:
         if not broken and not self._told.is_set():
             sys.excepthook(type(error), error, error.__traceback__)
         with contextlib.suppress(OSError):
-            self._send({"failed": f"{type(error).__name__}: {error}".strip(), "broken": broken})
+            self._send({**self._progress(), "failed": f"{type(error).__name__}: {error}".strip(), "broken": broken})
         self._told.wait(SILENT_PULSES * self._pulse + 4 * GRACE + 2)
         time.sleep(0.2)  # the thread that was told ends this process
         if broken:
@@ -116,6 +117,9 @@ class Watchdog:
                 self._closed = "bye" in message
                 self._socket.sendall((json.dumps(message) + "\n").encode())
 
+    def _progress(self) -> dict[str, Any]:
+        return {"count": self._count, "step": self._step, "phase": self._phase}
+
     def _listen(self) -> None:
         assert self._socket is not None
         self._socket.settimeout(self._pulse)
@@ -130,13 +134,15 @@ class Watchdog:
                 *lines, buffer = (buffer + data).split(b"\n")
                 for line in lines:
                     message = json.loads(line)
+                    if "show stack" in message:
+                        self._show_stack()
                     if "verdict" in message:
                         self._end(message["verdict"], message["speaks"])
                     if "done" in message:
                         self._socket.close()
                         self._all_done.set()
                         return
-                self._send({"count": self._count, "step": self._step, "phase": self._phase})
+                self._send(self._progress())
             except TimeoutError:
                 if time.monotonic() - heard > self._timeout:
                     self._rank_0_is_lost(f"it has been silent for {self._timeout:g} s")
@@ -147,6 +153,12 @@ class Watchdog:
 
     def _rank_0_is_lost(self, how: str) -> None:
         self._end(f"rank 0 was lost: {how}. This rank was at step {self._step} ({self._phase})", self._speaks_alone)
+
+    def _show_stack(self) -> None:
+        """Where this rank's main thread is: what the ranks of a deadlock wait for."""
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
+        print(f"rank {self._ranks.rank} at step {self._step} ({self._phase}) is here:\n{stack}", file=sys.stderr, flush=True)
 
     def _end(self, verdict: str, speaks: bool) -> None:
         """End this process, whatever its main thread waits for."""
@@ -209,6 +221,7 @@ class _Server:
         self._world_size, self._timeout, self._pulse = world_size, timeout, pulse
         self._peers: dict[int, _Peer] = {}
         self._said: list[tuple[int, float, int, str]] = []  # (what kind, when, rank, words)
+        self._standstill = False
         self._selector = selectors.DefaultSelector()
 
     def start(self) -> None:
@@ -267,11 +280,12 @@ class _Server:
             if secrets.compare_digest(message["token"], self.token):
                 peer.rank, peer.host, peer.pid, peer.local = (message[k] for k in ("rank", "host", "pid", "local"))
                 self._peers[peer.rank] = peer
-        elif "count" in message:
+            return
+        if "count" in message:
             if message["count"] != peer.count:
                 peer.moved = peer.heard
             peer.count, peer.step, peer.phase = message["count"], message["step"], message["phase"]
-        elif "failed" in message:
+        if "failed" in message:
             self._say(BROKEN_COLLECTIVE if message["broken"] else FAILED, peer.rank, f"{peer} failed: {message['failed']}")
             peer.gone = True  # that its connection closes now is no news
         elif "bye" in message:
@@ -298,6 +312,7 @@ class _Server:
         if here and not self._said and all(now - peer.moved > self._timeout for peer in here):
             least = min(peer.count for peer in here)
             behind = [peer for peer in here if peer.count == least]
+            self._standstill = True
             waited = f"no rank has made progress for {self._timeout:g} s"
             if len(behind) == len(here):
                 self._say(LOST, behind[0].rank, f"{waited}, and none is behind: all are at step {behind[0].step} ({behind[0].phase})")
@@ -315,6 +330,10 @@ class _Server:
         for rank, peer in sorted(self._peers.items()):
             if rank not in to_blame:
                 speakers.setdefault(peer.host, rank)
+        if self._standstill:
+            for peer in self._peers.values():
+                self._tell(peer, {"show stack": 1})
+            time.sleep(GRACE)  # before the first that ends breaks what the others wait in
         self._tell_all(lambda peer: {"verdict": verdict, "speaks": speakers.get(peer.host) == peer.rank})
 
     def _tell_all(self, message: Callable[[_Peer], dict[str, Any]]) -> None:
