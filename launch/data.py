@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from options import Options
 from torch import Tensor
 
 from muon_dist.bench.small_gpt import read_text
@@ -40,6 +41,18 @@ class Windows:
                 f"{self.count} window(s), of which --holdout keeps {self.held_out}, and none is left to train on"
             )
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    @classmethod
+    def of(cls, options: Options) -> Windows:
+        """What the flags name."""
+        return cls(
+            options.data,
+            dtype=options.data_dtype,
+            context=options.context,
+            vocabulary=options.vocabulary,
+            holdout=options.holdout,
+            seed=options.seed,
+        )
 
     @property
     def training(self) -> int:

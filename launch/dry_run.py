@@ -28,14 +28,7 @@ def dry_run(options: Options, ranks: Ranks) -> None:
             print(f"{name} = {_toml(value)}")
     dp, tp, zero, batch, micro = _shape(options, ranks.world_size)
     taken, times = micro_batches(batch, micro, dp)
-    data = Windows(
-        options.data,
-        dtype=options.data_dtype,
-        context=options.context,
-        vocabulary=options.vocabulary,
-        holdout=options.holdout,
-        seed=options.seed,
-    )
+    data = Windows.of(options)
     model = {
         "architecture": "gpt",
         "hidden_size": options.width,

@@ -61,7 +61,7 @@ class Log:
         self._path = Path(options.out) / "log.jsonl"
         self._first = ranks.rank == 0
         self._terminal = self._first and sys.stdout.isatty()
-        self._sinks = Sinks(options.out, [name for name in ("tensorboard", "wandb") if getattr(options, name) and self._first])
+        self._sinks = Sinks(options.out, [name for name in ("tensorboard", "wandb") if getattr(options, name)])  # all ranks check
         self._tokens_per_step = 0
         self._last = ""
 

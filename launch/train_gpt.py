@@ -51,10 +51,10 @@ def main() -> None:
             if ranks.rank == 0:
                 dry_run(options, ranks)
             return
+        log = Log(options, ranks)
         device = start_process_group(ranks, timeout=2 * options.rank_timeout + 60)
     except (ValueError, RuntimeError) as error:
         raise SystemExit(f"train_gpt.py: {error}") from error
-    log = Log(options, ranks)
     with Signals() as signals, Watchdog(ranks, timeout=options.rank_timeout, ending=log.failed) as watchdog:
         Trainer(options, ranks, device, watchdog, signals, log).train()
     end_process_group()
@@ -68,14 +68,7 @@ class Trainer:
         self.mark("start")
         agree(options)
         require_shared(options.out)
-        self.data = Windows(
-            options.data,
-            dtype=options.data_dtype,
-            context=options.context,
-            vocabulary=options.vocabulary,
-            holdout=options.holdout,
-            seed=options.seed,
-        )
+        self.data = Windows.of(options)
         self.resumed = find_checkpoint(options, log)
         self.engine = make_engine(options, device, self.resumed)
         self.engine.stopwatch.starting = lambda: self.mark("optimizer")
@@ -197,7 +190,7 @@ def find_checkpoint(options: Options, log: Log) -> Checkpoint | None:
     """The newest whole checkpoint of this run, the same on all ranks.
 
     Raises:
-        ValueError: it is of a run with another model, data or seed; or there is one and --resume is never.
+        ValueError: it is of a run with another model, data or seed; none is whole; or there is one and --resume is never.
     """
     found: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -206,6 +199,8 @@ def find_checkpoint(options: Options, log: Log) -> Checkpoint | None:
     checkpoint, problems = found[0]
     for problem in problems:
         log.say(f"{problem}; it is passed over")
+    if checkpoint is None and problems:
+        raise ValueError(f"none of the checkpoints in {options.checkpoints} is whole: remove them to begin anew, or choose another --out")
     if checkpoint is None:
         return None
     if options.resume == "never":

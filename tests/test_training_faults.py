@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from muon_dist.run.checkpoints import latest_checkpoint
 from muon_dist.run.lines import read_lines
@@ -184,6 +185,28 @@ def test_other_flags_than_those_of_the_checkpoint_are_refused(tmp_path: Path) ->
     for flags, words in ((["--width", "64"], "is of a run with --width 32, not 64"), (["--resume", "never"], "--resume is never")):
         job = Job(1, [*SMALL, *flags, "--out", str(out)], tmp_path / "job")
         assert job.wait(60) == [1] and words in job.text()
+
+
+def test_flags_that_changed_since_the_checkpoint_count(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    train(2, [*SMALL, "--steps", "2"], out)
+    job = train(2, [*SMALL, "--steps", "3", "--weight-decay", "0.3", "--coverage", "0.8", "--ns-steps", "adaptive", "--lr", "0.01"], out)
+    for words in ("--weight-decay changed from 0.1 to 0.3", "--coverage changed from 0.9 to 0.8", "--lr changed from 0.004 to 0.01"):
+        assert f"since the checkpoint {words}" in job.text()
+    dcp_to_torch_save(out / "checkpoints" / "step-00000003", tmp_path / "state.pt")
+    groups = torch.load(tmp_path / "state.pt", weights_only=False)["optimizer"]["param_groups"]
+    muon = [group for group in groups if group["algorithm"] == "muon"]
+    assert {group["weight_decay"] for group in groups} == {0.3} and {group["coverage"] for group in muon} == {0.8}
+    assert all(group["lr"] == pytest.approx(0.01) for group in groups)
+
+
+def test_when_no_checkpoint_is_whole_the_run_does_not_begin_anew(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    train(1, [*SMALL, "--steps", "2"], out)
+    before = (out / "log.jsonl").read_text()
+    (out / "checkpoints" / "step-00000002" / "checkpoint.json").unlink()
+    job = Job(1, [*SMALL, "--steps", "4", "--out", str(out)], tmp_path / "job")
+    assert job.wait(60) == [1] and "none of the checkpoints in" in job.text() and (out / "log.jsonl").read_text() == before
 
 
 def test_batches_that_are_accumulated_are_the_same_batch(tmp_path: Path) -> None:

@@ -71,6 +71,15 @@ def test_a_damaged_one_is_named_and_passed_over(harm, words: str, tmp_path: Path
     assert newest is not None and newest.step == 2 and not problems
 
 
+def test_one_that_was_passed_over_does_not_push_out_the_new_one(tmp_path: Path) -> None:
+    for step in (10, 20):
+        save_checkpoint(tmp_path, step, write("x"), {}, keep=2)
+    (tmp_path / "step-00000020" / "parts" / "0.bin").unlink()
+    assert latest_checkpoint(tmp_path)[0].step == 10
+    save_checkpoint(tmp_path, 12, write("x"), {}, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000012"]
+
+
 def together(folder: str) -> list[str]:
     save_checkpoint(folder, 5, write("part"), {"ranks": dist.get_world_size()}, keep=1, syncs=dist.get_rank() == 0)
     return sorted(json.loads((Path(folder) / "step-00000005" / "checkpoint.json").read_text())["files"])

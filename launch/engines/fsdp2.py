@@ -93,10 +93,13 @@ class FSDP2(Engine):
         state_dict_saver.save(self._state(), checkpoint_id=folder)
 
     def load(self, checkpoint: Checkpoint) -> None:
+        given = [{key: value for key, value in group.items() if key != "params"} for group in self.optimizer.param_groups]
         state = self._state()
         state_dict_loader.load(state, checkpoint_id=checkpoint.path)
         set_model_state_dict(self.model, state["model"])
         set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+        for group, settings in zip(self.optimizer.param_groups, given, strict=True):
+            group.update(settings)  # the flags of now, not those of the checkpoint
 
     def _state(self) -> dict[str, Any]:
         return {"model": get_model_state_dict(self.model), "optimizer": get_optimizer_state_dict(self.model, self.optimizer)}

@@ -44,7 +44,7 @@ def _barrier() -> None:
 def save_checkpoint(
     folder: str | os.PathLike[str], step: int, write: Callable[[Path], None], about: Mapping[str, Any], *, keep: int, syncs: bool = True
 ) -> Path:
-    """Save a checkpoint and let go of all but the newest `keep`. Collective.
+    """Save a checkpoint, and let go of all but the newest `keep` up to this step and of any that are said to be later. Collective.
 
     Args:
         write: is called on every rank with an empty folder, and writes this rank's part of the state there; may be collective.
@@ -63,6 +63,7 @@ def save_checkpoint(
         partial.mkdir()
     _barrier()
     write(partial)
+    _barrier()  # before files are brought to disk, everyone has written them
     if syncs:
         for path in partial.rglob("*"):
             _sync(path)
@@ -77,7 +78,9 @@ def save_checkpoint(
             _remove(done)
         partial.rename(done)
         _sync(root)
-        for old in _folders(root)[keep:]:
+        others = [path for path in _folders(root) if path != done]
+        later = [path for path in others if int(path.name[5:]) > step]  # passed over when this run went on from an earlier one
+        for old in [*later, *others[len(later) :][max(0, keep - 1) :]]:
             _remove(old)
     _barrier()
     return done
