@@ -5,6 +5,7 @@ Window `s` of a run is the same at any number of ranks, so the position in the d
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from options import Options
 from torch import Tensor
 
 from muon_dist.bench.small_gpt import read_text
+
+BLOCKS, BLOCK = 64, 256  # tokens that a fingerprint reads
 
 
 class Windows:
@@ -58,6 +61,13 @@ class Windows:
     def training(self) -> int:
         """How many windows one epoch has."""
         return self.count - self.held_out
+
+    def fingerprint(self) -> str:
+        """Of the number of tokens, their dtype, and blocks from all over the file: other data has another one, all but surely."""
+        digest = hashlib.sha256(f"{len(self.tokens)} {self.tokens.dtype}".encode())
+        for start in np.linspace(0, max(0, len(self.tokens) - BLOCK), BLOCKS).astype(int):
+            digest.update(np.ascontiguousarray(self.tokens[start : start + BLOCK]).tobytes())
+        return digest.hexdigest()[:16]
 
     def training_windows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Windows `first` … `first + count − 1` of the run: tokens and targets, both (count, context) int64."""

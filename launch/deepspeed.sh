@@ -22,6 +22,7 @@ choose_threads "$NPROC"
 config="${CONFIG:-$ROOT/configs/deepspeed/zero2.json}"
 [ -f "$config" ] || fail "CONFIG names no file: $config"
 where=(--num_gpus "$NPROC")
+[ -z "${CUDA_VISIBLE_DEVICES:-}" ] || where=(--include "localhost:$CUDA_VISIBLE_DEVICES") # with --num_gpus it would take others
 if [ -n "${HOSTFILE:-}" ]; then
     [ -f "$HOSTFILE" ] || fail "HOSTFILE names no file: $HOSTFILE"
     where=(--hostfile "$HOSTFILE" --num_gpus "$NPROC")

@@ -24,7 +24,9 @@ def dry_run(options: Options, ranks: Ranks) -> None:
     """
     print("# all flags; keep them in a file for --config")
     for name, value in dataclasses.asdict(options).items():
-        if value is not None and name != "dry_run" and not (name == "optimizer" and options.engine == "deepspeed"):
+        elsewhere = {"optimizer": options.engine == "deepspeed", "tp": options.engine != "megatron"}
+        elsewhere["distributed_optimizer"] = options.engine != "megatron"
+        if value is not None and name != "dry_run" and not elsewhere.get(name, False):
             print(f"{name} = {_toml(value)}")
     dp, tp, zero, batch, micro = _shape(options, ranks.world_size)
     taken, times = micro_batches(batch, micro, dp)

@@ -63,6 +63,7 @@ class Log:
         self._terminal = self._first and sys.stdout.isatty()
         self._sinks = Sinks(options.out, [name for name in ("tensorboard", "wandb") if getattr(options, name)])  # all ranks check
         self._tokens_per_step = 0
+        self._begun = False  # until then the lines are those of another run
         self._last = ""
 
     def say(self, text: str) -> None:
@@ -81,7 +82,7 @@ class Log:
         """Say what runs where. Collective: it asks every rank for its host."""
         hosts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(hosts, socket.gethostname())
-        self._tokens_per_step = tokens_per_step
+        self._tokens_per_step, self._begun = tokens_per_step, True
         if not self._first:
             return
         step = 0 if resumed is None else resumed.step
@@ -174,8 +175,9 @@ class Log:
         self.say(reason if reason != "finished" else f"finished; muon-dist report {self._options.out} makes a page of it")
 
     def failed(self, reason: str) -> None:
-        """Which rank ended the run, as the watchdog has just said."""
-        self._write("end", {"reason": reason, "failed": True})
+        """Which rank ended the run, as the watchdog has just said; nothing before it has begun."""
+        if self._begun:
+            self._write("end", {"reason": reason, "failed": True})
 
 
 def _finite(value: float) -> float | None:

@@ -18,7 +18,11 @@ choose_python() {
 
 choose_processes() {
     local gpus
-    gpus="$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)"
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        gpus="$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)"
+    else
+        gpus="$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true)"
+    fi
     NPROC="${NPROC:-$((gpus > 0 ? gpus : 1))}"
     [[ "$NPROC" =~ ^[1-9][0-9]*$ ]] || fail "NPROC must be a positive number, got '$NPROC'"
 }

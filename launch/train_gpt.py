@@ -23,7 +23,7 @@ import torch.distributed as dist
 from data import Windows
 from dry_run import dry_run
 from engines import make_engine
-from engines.deepspeed_zero import with_config
+from engines.deepspeed_zero import read_config, with_config
 from log import Log, Meter
 from options import OF_A_RUN, Options, parse
 from torch import Tensor
@@ -38,7 +38,7 @@ from muon_dist.run import (
     save_checkpoint,
     start_process_group,
 )
-from muon_dist.run.checkpoints import require_shared
+from muon_dist.run.checkpoints import claim, require_shared
 from muon_dist.version import __version__
 
 
@@ -66,17 +66,21 @@ class Trainer:
     def __init__(self, options: Options, ranks: Ranks, device: torch.device, watchdog: Watchdog, signals: Signals, log: Log) -> None:
         self.options, self.ranks, self.device, self.watchdog, self.signals, self.log = options, ranks, device, watchdog, signals, log
         self.mark("start")
-        agree(options)
+        agree({"--" + name.replace("_", "-"): value for name, value in dataclasses.asdict(options).items()}, "was started with")
         require_shared(options.out)
+        self.lock = claim(options.out)
         self.data = Windows.of(options)
-        self.resumed = find_checkpoint(options, log)
-        self.engine = make_engine(options, device, self.resumed)
+        self.sources = sources_of(options, self.data)
+        agree(self.sources, "reads")
+        self.resumed = find_checkpoint(options, self.sources, log)
+        self.engine = make_engine(options, device, self.resumed, working=lambda: self.mark("start"))
         self.engine.stopwatch.starting = lambda: self.mark("optimizer")
         self.batch = self.engine.micro_batch * self.engine.accumulation * self.engine.data_ranks  # windows in a step
         self.step, self.position = 0, 0  # optimizer steps taken, windows read
         if self.resumed is not None:
             self.step, self.position = self.resumed.step, int(self.resumed.about["windows"])
-        self.first = self.saved_at = self.step
+        self.first = self.step
+        self.saved_at = None if self.resumed is None else self.step
 
     def train(self) -> None:
         options, log = self.options, self.log
@@ -97,7 +101,7 @@ class Trainer:
             if options.save_every and self.is_time(options.save_every):
                 self.save()
         if self.step < options.steps:
-            if self.step > self.saved_at or self.resumed is None:
+            if self.step != self.saved_at:
                 self.save()
             log.end(f"{self.signals.name} came: saved after step {self.step}; the same command goes on from there")
         else:
@@ -132,6 +136,7 @@ class Trainer:
         began, options = time.perf_counter(), self.options
         versions = {"version": __version__, "torch": torch.__version__}
         about = {"windows": self.position, "world_size": self.ranks.world_size, "options": dataclasses.asdict(options), **versions}
+        about["sources"] = self.sources
         syncs = self.ranks.local_rank == 0
         path = save_checkpoint(options.checkpoints, self.step, self.engine.save, about, keep=options.keep, syncs=syncs)
         self.saved_at = self.step
@@ -144,6 +149,7 @@ class Signals:
 
     def __init__(self) -> None:
         self._caught = self._agreed = 0
+        self._asked: tuple[Any, torch.Tensor] | None = None  # a reduction under way, and its tensor
 
     def __enter__(self) -> Signals:
         self._before = {number: signal.signal(number, self._catch) for number in (signal.SIGTERM, signal.SIGUSR1)}
@@ -157,10 +163,13 @@ class Signals:
         self._caught = number
 
     def agreed(self) -> bool:
-        """Whether a signal has reached any rank. Collective, on the host: no device is waited for."""
-        caught = torch.tensor(self._caught)
-        dist.all_reduce(caught, dist.ReduceOp.MAX)
-        self._agreed = int(caught)  # not into `_caught`: another may have come meanwhile
+        """Whether a signal had reached any rank by the last call. Collective, on the host; nothing is waited for."""
+        if self._asked is not None:
+            work, told = self._asked
+            work.wait()
+            self._agreed = int(told)
+        told = torch.tensor(self._caught)
+        self._asked = (dist.all_reduce(told, dist.ReduceOp.MAX, async_op=True), told)
         return self._agreed > 0
 
     @property
@@ -169,28 +178,33 @@ class Signals:
         return signal.Signals(self._agreed).name
 
 
-def agree(options: Options) -> None:
-    """See that all ranks were started with the same flags.
+def agree(mine: dict[str, Any], what: str) -> None:
+    """See that all ranks have the same of everything.
 
     Raises:
-        ValueError: on all of them: which flag, and what it is where.
+        ValueError: on all of them: what differs, and what it is where.
     """
     told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, dataclasses.asdict(options))
+    dist.all_gather_object(told, mine)
     for rank, theirs in enumerate(told):
-        unlike = [name for name in told[0] if theirs[name] != told[0][name]]
-        if unlike:
-            flag = "--" + unlike[0].replace("_", "-")
-            raise ValueError(
-                f"rank {rank} was started with {flag} {theirs[unlike[0]]}, rank 0 with {told[0][unlike[0]]}: give all the same"
-            )
+        for name, value in told[0].items():
+            if theirs[name] != value:
+                raise ValueError(f"rank {rank} {what} {name} {theirs[name]}, rank 0 {value}: give all the same")
 
 
-def find_checkpoint(options: Options, log: Log) -> Checkpoint | None:
+def sources_of(options: Options, data: Windows) -> dict[str, Any]:
+    """What files hold that a run depends on: its data, by a fingerprint, and the optimizer of a DeepSpeed config."""
+    found: dict[str, Any] = {"data with the fingerprint": data.fingerprint()}
+    if options.deepspeed_config is not None:
+        found["a DeepSpeed config with the optimizer"] = read_config(options.deepspeed_config)["optimizer"]
+    return found
+
+
+def find_checkpoint(options: Options, sources: dict[str, Any], log: Log) -> Checkpoint | None:
     """The newest whole checkpoint of this run, the same on all ranks.
 
     Raises:
-        ValueError: it is of a run with another model, data or seed; none is whole; or there is one and --resume is never.
+        ValueError: it is of a run with another model, data, seed or DeepSpeed optimizer; none is whole; --resume is never.
     """
     found: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -211,6 +225,12 @@ def find_checkpoint(options: Options, log: Log) -> Checkpoint | None:
             raise ValueError(
                 f"{checkpoint.path} is of a run with --{name.replace('_', '-')} {saved[name]}, not {now[name]}: choose another --out, "
                 "or the same flags"
+            )
+    for name, value in sources.items():  # DeepSpeed goes on with the optimizer's settings of the checkpoint, whatever the config says now
+        if checkpoint.about["sources"].get(name) != value:
+            raise ValueError(
+                f"{checkpoint.path} is of a run that read {name} {checkpoint.about['sources'].get(name)}, and now it is {value}: choose "
+                "another --out, or the same file"
             )
     changed = [name for name in now if saved.get(name) != now[name] and name not in ("out", "dry_run", "resume")]
     for name in changed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from muon_dist.run.bootstrap import find_ranks, first_host, tasks_per_node
+from muon_dist.run.bootstrap import device_index, find_ranks, first_host, tasks_per_node
 
 TORCHRUN = {
     "RANK": "5",
@@ -119,6 +119,20 @@ def test_srun_that_speaks_mpi_is_slurm_and_an_mpirun_of_another_size_is_not() ->
 )
 def test_the_first_host_of_slurms_lists(nodelist: str, first: str) -> None:
     assert first_host(nodelist) == first
+
+
+@pytest.mark.parametrize(
+    ("visible", "local_rank", "local_world_size", "index"),
+    [(0, 3, 8, None), (8, 3, 8, 3), (8, 1, 2, 1), (1, 0, 1, 0), (1, 5, 8, 0), (4, 3, 0, 3)],
+)
+def test_every_process_has_a_gpu_of_its_own(visible: int, local_rank: int, local_world_size: int, index: int | None) -> None:
+    assert device_index(visible, local_rank, local_world_size) == index
+
+
+@pytest.mark.parametrize(("visible", "local_rank", "local_world_size"), [(2, 5, 8), (2, 0, 8), (4, 4, 0)])
+def test_too_few_gpus_are_refused(visible: int, local_rank: int, local_world_size: int) -> None:
+    with pytest.raises(ValueError, match=rf"see {visible} GPU\(s\): start as many processes"):
+        device_index(visible, local_rank, local_world_size)
 
 
 def test_tasks_per_node() -> None:

@@ -162,7 +162,8 @@ def test_a_rank_that_was_given_another_shape_is_named_by_all(tmp_path: Path) -> 
     statuses = job.wait(60)
     assert statuses == [1, 1]
     for output in job.outputs:
-        assert "rank 1 was started with --width 48, rank 0 with 32: give all the same" in output.read_text()
+        assert "rank 1 was started with --width 48, rank 0 32: give all the same" in output.read_text()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_rank_that_stands_still_is_named_within_the_set_time(tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
+import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -136,6 +139,24 @@ def test_ranks_that_end_well_end_quietly_whatever_the_order(tmp_path: Path) -> N
     job = start(tmp_path, "none", steps=30)
     assert job.wait(30) == [0, 0, 0, 0]
     assert job.text().count("ended well") == 4 and not speakers(job)
+
+
+def test_strangers_at_the_port_change_nothing(tmp_path: Path) -> None:
+    job = start(tmp_path, "none", n=2)
+    reached(tmp_path, 2)
+    pids = [process.pid for process in job.processes]
+    listening = subprocess.run(["ss", "-tlnpH"], capture_output=True, text=True, check=False).stdout
+    ports = {int(m[1]) for line in listening.splitlines() if f"pid={pids[0]}," in line and (m := re.search(r"\*:(\d+)", line))}
+    assert ports, "no port of rank 0 was found"
+    for port in ports:
+        for words in (b"[" * 100_000 + b"\n", b'{"token": "x"}\n', b'{"token": 7}\n', b"\xff\n", b"x" * 3_000_000, b"GET / HTTP/1.1\r\n"):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=2) as stranger:
+                stranger.sendall(words)
+    time.sleep(TIMEOUT + 1)
+    assert all(process.is_alive() for process in job.processes), job.text()
+    job.kill(1)
+    job.wait(10)
+    assert "rank 1" in speakers(job)[0]
 
 
 def test_one_process_needs_no_watching(tmp_path: Path) -> None:

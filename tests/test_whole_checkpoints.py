@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from muon_dist.run.checkpoints import latest_checkpoint, read_checkpoint, require_shared, save_checkpoint
+from muon_dist.run.checkpoints import claim, latest_checkpoint, read_checkpoint, require_shared, save_checkpoint
 from muon_dist.run.lines import append_lines, read_lines
 
 from .ranks import run_ranks
@@ -107,6 +107,24 @@ def test_a_folder_that_can_not_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="can't be written by rank 0"):
         require_shared(tmp_path / "file" / "out")
+
+
+def holds(folder: str, other: str) -> str:
+    mine = claim(folder, patience=0.3)
+    try:
+        claim(folder, patience=0.3)
+    except ValueError as error:
+        assert mine is not None or dist.get_rank()
+        claim(other)
+        return str(error)
+    return ""
+
+
+def test_a_folder_belongs_to_one_job_at_a_time(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    for told in run_ranks(2, holds, str(tmp_path), str(tmp_path / "other")):
+        assert "another job writes to" in told
+    claim(tmp_path)  # that job is gone
 
 
 def test_lines_survive_a_torn_end(tmp_path: Path) -> None:

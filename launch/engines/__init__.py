@@ -107,21 +107,21 @@ class Stopwatch:
         return float(total)
 
 
-def make_engine(options: Options, device: torch.device, checkpoint: Checkpoint | None) -> Engine:
-    """The engine that the options name, with the checkpoint loaded."""
+def make_engine(options: Options, device: torch.device, checkpoint: Checkpoint | None, working: Callable[[], None]) -> Engine:
+    """The engine that the options name, with the checkpoint loaded. `working` is called once in a while where that takes long."""
     engine: Engine
     if options.engine == "torch":
         from .fsdp2 import FSDP2
 
-        engine = FSDP2(options, device, checkpoint)
+        engine = FSDP2(options, device)
     elif options.engine == "deepspeed":
         from .deepspeed_zero import DeepSpeed
 
-        engine = DeepSpeed(options, device, checkpoint)
+        engine = DeepSpeed(options, device, checkpoint, working)
     else:
         from .megatron_core import Megatron
 
-        engine = Megatron(options, device, checkpoint)
+        engine = Megatron(options, device)
     if checkpoint is not None:
         engine.load(checkpoint)
     return engine

@@ -7,6 +7,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,7 @@ def read_config(path: str) -> dict[str, Any]:
 class DeepSpeed(Engine):
     """The GPT in a DeepSpeed engine."""
 
-    def __init__(self, options: Options, device: torch.device, checkpoint: Checkpoint | None) -> None:
+    def __init__(self, options: Options, device: torch.device, checkpoint: Checkpoint | None, working: Callable[[], None]) -> None:
         if device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
@@ -67,7 +70,7 @@ class DeepSpeed(Engine):
         if self._universal:
             assert checkpoint is not None
             config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
-            _convert(checkpoint, config)
+            _convert(checkpoint, config, working)
         torch.manual_seed(options.seed)
         size = {name: getattr(options, name) for name in ("layers", "width", "heads", "context", "vocabulary")}
         model = GPT(**size)
@@ -120,20 +123,26 @@ class DeepSpeed(Engine):
             raise ValueError(f"DeepSpeed finds no checkpoint in {checkpoint.path}")
 
 
-def _convert(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
+def _convert(checkpoint: Checkpoint, config: dict[str, Any], working: Callable[[], None]) -> None:
     """Make DeepSpeed's universal form of a checkpoint, which any number of ranks can load, beside it. Rank 0 does; all learn of it."""
     told = [""]
     if dist.get_rank() == 0 and not (checkpoint.path / UNIVERSAL).exists():
-        partial = checkpoint.path / f".{UNIVERSAL}"
+        partial = checkpoint.path / f".{UNIVERSAL}-{os.getpid()}"
         command = [sys.executable, "-W", "ignore", "-m", "deepspeed.checkpoint.ds_to_universal", "--num_extract_workers", "1"]
         command += ["--num_merge_workers", "1", "--input_folder", str(checkpoint.path / TAG), "--output_folder", str(partial)]
         if config.get("zero_optimization", {}).get("stage", 0) < 3:
             command.append("--inject_missing_state")
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode == 0:
+        with tempfile.TemporaryFile("w+") as output:
+            converter = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True)
+            while converter.poll() is None:
+                working()  # the other ranks wait for this one
+                time.sleep(0.2)
+            output.seek(0)
+            problem = output.read().strip()[-2000:]
+        if converter.returncode == 0:
             partial.rename(checkpoint.path / UNIVERSAL)
         else:
-            told = [f"DeepSpeed could not convert {checkpoint.path} for another number of ranks: {done.stderr.strip()[-2000:]}"]
+            told = [f"DeepSpeed could not convert {checkpoint.path} for another number of ranks: {problem}"]
     dist.broadcast_object_list(told)
     if told[0]:
         raise ValueError(told[0])

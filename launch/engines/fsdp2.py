@@ -30,7 +30,7 @@ from . import Engine, Read, Stopwatch, muon_settings, qkv_rows
 class FSDP2(Engine):
     """The GPT under `fully_shard`, block by block."""
 
-    def __init__(self, options: Options, device: torch.device, checkpoint: Checkpoint | None) -> None:
+    def __init__(self, options: Options, device: torch.device) -> None:
         self._options, self._device = options, device
         self.data_rank, self.data_ranks = dist.get_rank(), dist.get_world_size()
         assert options.batch is not None and options.lr is not None and options.weight_decay is not None

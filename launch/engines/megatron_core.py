@@ -18,7 +18,7 @@ from . import Engine, Read, Stopwatch, muon_settings
 class Megatron(Engine):
     """A GPT of megatron-core, sized like the one of the other engines."""
 
-    def __init__(self, options: Options, device: torch.device, checkpoint: Checkpoint | None) -> None:
+    def __init__(self, options: Options, device: torch.device) -> None:
         from megatron.core import parallel_state
 
         self._options, self._device = options, device

@@ -1,7 +1,4 @@
-"""Small Megatron models on CPU ranks over gloo, for the bench and the tests: what keeps Megatron from a CPU is redirected here.
-
-Nothing of this runs where CUDA does.
-"""
+"""Small Megatron models for launch/train_gpt.py, the bench and the tests. Without CUDA, what keeps Megatron from a CPU is redirected."""
 
 from __future__ import annotations
 

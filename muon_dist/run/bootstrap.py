@@ -9,11 +9,13 @@ import contextlib
 import gc
 import os
 import re
+import resource
 import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -247,10 +249,10 @@ def start_process_group(ranks: Ranks, *, timeout: float = 1800) -> torch.device:
         timeout: seconds until a collective that not all ranks join raises. `Watchdog` names the rank that is missing; give it less.
 
     Returns:
-        A CUDA device where every process of this host has one of its own, else the CPU.
+        A CUDA device of this process's own, or the CPU where it sees none.
 
     Raises:
-        ValueError: two processes of one host have the same local rank.
+        ValueError: there are GPUs, but not one for each process, or two processes would share one.
         RuntimeError: not all ranks came in time, or rank 0 can't be reached.
     """
     port = ranks.master_port or free_port()
@@ -262,34 +264,67 @@ def start_process_group(ranks: Ranks, *, timeout: float = 1800) -> torch.device:
         MASTER_ADDR=ranks.master_addr,
         MASTER_PORT=str(port),
     )
-    device = torch.device("cpu")
-    if torch.cuda.is_available() and torch.cuda.device_count() >= (ranks.local_world_size or ranks.local_rank + 1):
-        device = torch.device("cuda", ranks.local_rank)  # NCCL wants a device for each process
+    _raise_file_limit()
+    index = device_index(torch.cuda.device_count() if torch.cuda.is_available() else 0, ranks.local_rank, ranks.local_world_size)
+    device = torch.device("cpu") if index is None else torch.device("cuda", index)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        # Ranks that torchrun starts again find the store of those before them, and would connect to addresses of dead processes.
-        attempt = "/".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RESTART_COUNT", "GROUP_WORLD_SIZE", "WORLD_SIZE"))
         store, rank, world_size = next(rendezvous("env://", ranks.rank, ranks.world_size, timeout=timedelta(seconds=timeout)))
-        store = PrefixStore(f"muon_dist/{attempt}", store)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # Ranks that torchrun starts again find the store of those before them, and would connect to addresses of dead processes.
+            # On several hosts the counts of restarts differ; launch/torchrun.sh asks for a new store there.
+            store = PrefixStore(f"muon_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout))
     except (dist.DistError, RuntimeError) as error:
         raise RuntimeError(
             f"the {ranks.world_size} ranks did not meet at {ranks.master_addr}:{port} ({error}). Check that all of them were started, that "
             "this address is rank 0's host as the others see it, and that no firewall closes its ports"
         ) from error
-    places: list[tuple[str, int, str]] = [("", 0, "")] * ranks.world_size
-    dist.all_gather_object(places, (socket.gethostname(), ranks.local_rank, device.type))
-    first: dict[tuple[str, int, str], int] = {}
+    places: list[Any] = [None] * ranks.world_size
+    identity = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+    dist.all_gather_object(places, (socket.gethostname(), device.type, identity))
+    first: dict[Any, int] = {}
     for rank, place in enumerate(places):
-        if device.type == "cuda" and first.setdefault(place, rank) != rank:
-            raise ValueError(f"ranks {first[place]} and {rank} both have local rank {place[1]} on {place[0]}, so they would share a device")
-        if place[2] != places[0][2]:
+        host, kind, _ = place
+        if kind == "cuda" and first.setdefault(place, rank) != rank:
             raise ValueError(
-                f"rank {rank} on {place[0]} would train on {place[2]}, rank 0 on {places[0][0]} on {places[0][2]}: give every host a "
-                "device for each of its processes, or none (CUDA_VISIBLE_DEVICES=)"
+                f"ranks {first[place]} and {rank} would share a GPU of {host}: give every process a local rank, or a GPU, of its own"
+            )
+        if kind != places[0][1]:
+            raise ValueError(
+                f"rank {rank} on {host} would train on {kind}, rank 0 on {places[0][0]} on {places[0][1]}: give every host a GPU for each "
+                "of its processes, or none (CUDA_VISIBLE_DEVICES=)"
             )
     return device
+
+
+def device_index(visible: int, local_rank: int, local_world_size: int) -> int | None:
+    """Which of the GPUs that this process sees is its own; None: there are none, so it computes on the CPU.
+
+    Raises:
+        ValueError: there are GPUs, but not one for each process of this host.
+    """
+    if visible == 0:
+        return None
+    if visible == 1 and local_world_size > 1:
+        return 0  # the launcher has given every process its own; that they differ is checked when ranks have met
+    if local_rank < visible and local_world_size <= visible:
+        return local_rank
+    processes = f"{local_world_size} processes" if local_world_size else f"a process of local rank {local_rank}"
+    raise ValueError(
+        f"this host has {processes}, which see {visible} GPU(s): start as many processes as there are GPUs, or set CUDA_VISIBLE_DEVICES= "
+        "to compute on the CPU"
+    )
+
+
+def _raise_file_limit() -> None:
+    """Gloo and rank 0's stores keep a connection for each rank, and 1,024 open files are a common limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def end_process_group() -> None:

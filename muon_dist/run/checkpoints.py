@@ -8,6 +8,7 @@ The folder must be one that all ranks see. What lies in a checkpoint is the call
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -59,7 +60,7 @@ def save_checkpoint(
     if _rank() == 0:
         root.mkdir(parents=True, exist_ok=True)
         for left in [*root.glob(".partial-*"), *root.glob(".old-*")]:
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=left.name.startswith(".old-"))  # someone may still read it, on a network file system
         partial.mkdir()
     _barrier()
     write(partial)
@@ -74,10 +75,12 @@ def save_checkpoint(
             json.dump({**about, "step": step, "files": files}, file, indent=1)
         _sync(partial / ABOUT)
         _sync(partial)
+        replaced = done.with_name(f".old-{done.name}-{os.getpid()}")
         if done.exists():  # damaged, or it would not be saved again
-            _remove(done)
+            done.rename(replaced)
         partial.rename(done)
         _sync(root)
+        shutil.rmtree(replaced, ignore_errors=True)
         others = [path for path in _folders(root) if path != done]
         later = [path for path in others if int(path.name[5:]) > step]  # passed over when this run went on from an earlier one
         for old in [*later, *others[len(later) :][max(0, keep - 1) :]]:
@@ -95,11 +98,10 @@ def _sync(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """At once for those who look for checkpoints, file by file on the disk."""
-    aside = path.with_name(f".old-{path.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    """At once for those who look for checkpoints, file by file on the disk; what can't be removed now is at the next save."""
+    aside = path.with_name(f".old-{path.name}-{os.getpid()}")
     path.rename(aside)
-    shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _folders(root: Path) -> list[Path]:
@@ -137,6 +139,35 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             state = "is gone" if held is None else f"has {held} bytes"
             raise ValueError(f"{root} is damaged: {name} {state}, and was saved with {size}")
     return Checkpoint(path=root, step=step, about=about)
+
+
+def claim(folder: str | os.PathLike[str], *, patience: float = 10) -> Any:
+    """Make this job the only one that writes to a folder, for as long as rank 0 keeps what is returned. Collective.
+
+    Raises:
+        ValueError: on all ranks: another job has it, and kept it for `patience` seconds.
+    """
+    held, told = None, [""]
+    if _rank() == 0:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                (Path(folder) / ".lock").touch()
+                held = held or open(Path(folder) / ".lock")  # noqa: SIM115  # open as long as the job lives
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:  # maybe one that was killed, and is just ending
+                if time.monotonic() > deadline:
+                    told = [f"another job writes to {folder}: choose another folder, or end that job first"]
+                    break
+                time.sleep(0.2)
+            except OSError:  # a file system without locks
+                break
+    if dist.is_initialized():
+        dist.broadcast_object_list(told)
+    if told[0]:
+        raise ValueError(told[0])
+    return held
 
 
 def require_shared(folder: str | os.PathLike[str], *, patience: float = 10) -> None:

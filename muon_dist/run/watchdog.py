@@ -26,7 +26,8 @@ import torch.distributed as dist
 
 from .bootstrap import Ranks
 
-GRACE = 0.5  # seconds in which a better reason than the first one may arrive
+GRACE = 0.3  # seconds in which a better reason than the first one may arrive
+STRANGER_BYTES, STRANGER_SECONDS = 4096, 10.0  # what a connection may send, and how long it may last, until it has shown the job's token
 SILENT_PULSES = 5  # a rank that missed so many pulses is taken for lost once a collective has failed on another
 LOST, FAILED, BROKEN_COLLECTIVE = range(3)  # what is told of a rank, the most telling first
 EXIT_STATUS = 1
@@ -67,7 +68,7 @@ class Watchdog:
             server.start()
         self._socket = socket.create_connection(("127.0.0.1" if server else ranks.master_addr, port), timeout=timeout)
         self._lock = threading.Lock()
-        self._send({"token": token, "rank": ranks.rank, "host": socket.gethostname(), "pid": os.getpid(), "local": ranks.local_rank})
+        self._send({"token": token, "rank": ranks.rank, "host": socket.gethostname(), "pid": os.getpid()})
         # where rank 0 itself is lost nobody chooses who speaks, so on every host the first rank that is left does
         self._speaks_alone = ranks.local_rank == (1 if host == socket.gethostname() else 0)
         threading.Thread(target=self._listen, daemon=True, name="watchdog").start()
@@ -81,10 +82,12 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None or self._socket is None or (isinstance(error, SystemExit) and not error.code):
+        if error is None or (isinstance(error, SystemExit) and not error.code):
             self.close()
-        else:
+        elif self._socket is not None:
             self._fail(error)
+        elif self._ending is not None:  # alone: the error goes its way
+            self._ending(f"{type(error).__name__}: {error}")
 
     def close(self) -> None:
         """Say goodbye: this rank's work is done. Returns when that of all ranks is, so that nobody misses rank 0's ear."""
@@ -195,7 +198,6 @@ class _Peer:
     rank: int = -1  # until it has said which one it is
     host: str = ""
     pid: int = 0
-    local: int = 0
     heard: float = field(default_factory=time.monotonic)
     moved: float = field(default_factory=time.monotonic)
     count: int = 0
@@ -228,6 +230,13 @@ class _Server:
         threading.Thread(target=self._run, daemon=True, name="watchdog of all ranks").start()
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:  # without this thread nobody would be watched
+            self._say(FAILED, 0, f"the watchdog of rank 0 failed: {type(error).__name__}: {error}")
+            self._announce()
+
+    def _serve(self) -> None:
         self._selector.register(self._listener, selectors.EVENT_READ)
         began = last_pulse = time.monotonic()
         while True:
@@ -241,6 +250,9 @@ class _Server:
                 last_pulse = now
                 for peer in self._peers.values():
                     self._tell(peer, {"pulse": 1})
+                connected = [key.data for key in self._selector.get_map().values() if isinstance(key.data, _Peer)]
+                for stranger in [peer for peer in connected if peer.rank < 0 and now - peer.moved > STRANGER_SECONDS]:
+                    self._drop(stranger)
             self._look(now, began)
             if self._said and now - min(when for _, when, _, _ in self._said) >= self._patience():
                 self._announce()
@@ -262,9 +274,8 @@ class _Server:
             return
         except OSError:
             data = b""
-        if not data:
-            self._selector.unregister(peer.connection)
-            peer.connection.close()
+        if not data or (peer.rank < 0 and len(peer.buffer) + len(data) > STRANGER_BYTES):
+            self._drop(peer)
             if peer.rank >= 0 and not peer.gone:
                 peer.gone = True
                 self._say(LOST, peer.rank, f"{peer} was lost: its connection closed, so it was killed or crashed")
@@ -272,14 +283,23 @@ class _Server:
         peer.heard = time.monotonic()
         *lines, peer.buffer = (peer.buffer + data).split(b"\n")
         for line in lines:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # not one of ours
+            try:
                 self._hear(peer, json.loads(line))
+            except Exception:  # whatever it is, it is not one of ours
+                self._drop(peer)
+                return
+
+    def _drop(self, peer: _Peer) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(peer.connection)
+        peer.connection.close()
 
     def _hear(self, peer: _Peer, message: dict[str, Any]) -> None:
         if peer.rank < 0:
-            if secrets.compare_digest(message["token"], self.token):
-                peer.rank, peer.host, peer.pid, peer.local = (message[k] for k in ("rank", "host", "pid", "local"))
-                self._peers[peer.rank] = peer
+            if not secrets.compare_digest(message["token"], self.token):
+                raise ValueError("a stranger")
+            peer.rank, peer.host, peer.pid = (message[k] for k in ("rank", "host", "pid"))
+            self._peers[peer.rank] = peer
             return
         if "count" in message:
             if message["count"] != peer.count:
