@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -68,6 +69,21 @@ def test_two_hosts_train_together(hosts: list[str], tmp_path: Path) -> None:
             job.kill()
     assert "4 ranks on cpu" in "".join(log.read_text() for _, log in jobs)
     assert sorted(losses(tmp_path / "out")) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_job_goes_on_with_the_host_that_is_left(hosts: list[str], tmp_path: Path) -> None:
+    jobs = [start(k, tmp_path / "out", "--steps", "80", "--save-every", "20", "--rank-timeout", "30", NNODES="1:2") for k in (0, 1)]
+    try:
+        wait_for(lambda: (tmp_path / "out" / "log.jsonl").exists() and max(losses(tmp_path / "out"), default=0) > 25, 120)
+        for pid in subprocess.run(["ip", "netns", "pids", hosts[1]], capture_output=True, text=True, check=True).stdout.split():
+            os.kill(int(pid), signal.SIGKILL)
+        assert jobs[0][0].wait(150) == 0, jobs[0][1].read_text()
+    finally:
+        for job, _ in jobs:
+            job.kill()
+    text = jobs[0][1].read_text()
+    assert "4 ranks on cpu" in text and "2 ranks on cpu" in text and "saved by 4 ranks" in text
+    assert sorted(losses(tmp_path / "out")) == list(range(1, 81))
 
 
 def test_a_host_that_is_cut_off_is_named_on_the_other(hosts: list[str], tmp_path: Path) -> None:
