@@ -108,6 +108,12 @@ def test_a_job_whose_time_is_nearly_over_saves_and_goes_back_into_the_queue(clus
     assert sorted(losses(job.out)) == list(range(1, newest.step + 1))
 
 
+def test_the_doctor_checks_a_step_of_slurm(cluster: Cluster) -> None:
+    command = [str(Path(sys.executable).with_name("muon-dist")), "doctor", "--launcher", "slurm"]
+    told = cluster.run("srun", "--nodes=2", "--ntasks=4", *command, MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
+    assert "4 ranks, from Slurm" in told and told.rstrip().endswith(": ok") and told.count("largest relative error") == 1
+
+
 def test_a_process_that_srun_did_not_start_is_refused(cluster: Cluster, tmp_path: Path) -> None:
     script = tmp_path / "bare.sh"
     script.write_text(f"#!/bin/sh\n{sys.executable} {ROOT}/launch/train_gpt.py --dry-run\n")
