@@ -75,7 +75,7 @@ class Megatron(Engine):
             muon_num_ns_steps=options.ns_steps,
             muon_coefficient_type=None if options.adaptive else "quintic",
             muon_momentum=0.95,
-            muon_use_nesterov=True,
+            muon_nesterov=True,
             muon_scale_mode="spectral",
             muon_extra_scale_factor=0.2,
             **common,
