@@ -6,7 +6,6 @@ Rank 0 writes. A record has a "type": start, plan, step, evaluation, checkpoint,
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import math
 import platform
 import socket
@@ -25,7 +24,7 @@ from torch import Tensor
 from muon_dist.run import Checkpoint, Ranks
 from muon_dist.run.lines import append_lines
 from muon_dist.telemetry import Sinks
-from muon_dist.version import __version__
+from muon_dist.version import __version__, installed_versions
 
 BAR = 24  # characters
 
@@ -54,14 +53,14 @@ class Meter:
 
 
 class Log:
-    """The log of a run. `step` is collective; the other methods do something on rank 0 only."""
+    """The log of a run. `start` and `step` are collective; the other methods do something on rank 0 only."""
 
     def __init__(self, options: Options, ranks: Ranks) -> None:
         self._options, self._ranks = options, ranks
         self._path = Path(options.out) / "log.jsonl"
         self._first = ranks.rank == 0
         self._terminal = self._first and sys.stdout.isatty()
-        self._sinks = Sinks(options.out, [name for name in ("tensorboard", "wandb") if getattr(options, name)])  # all ranks check
+        self._sinks = Sinks(options.out, options.sinks)  # all ranks check
         self._tokens_per_step = 0
         self._begun = False  # until then the lines are those of another run
         self._last = ""
@@ -191,12 +190,7 @@ def _clock(seconds: float) -> str:
 
 
 def _environment(ranks: Ranks, device: torch.device, hosts: int) -> dict[str, Any]:
-    packages = {"muon_dist": __version__, "python": platform.python_version()}
-    for name in ("torch", "numpy", "deepspeed", "megatron-core"):
-        try:
-            packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    others = installed_versions(("torch", "numpy", "deepspeed", "megatron-core"))
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "launcher": ranks.launcher,
@@ -205,5 +199,5 @@ def _environment(ranks: Ranks, device: torch.device, hosts: int) -> dict[str, An
         "device": f"{device.type}: {kind}",
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
-        "packages": packages,
+        "packages": {"muon_dist": __version__, "python": platform.python_version(), **others},
     }

@@ -91,6 +91,11 @@ class Options:
         return self.optimizer == "muon_dist" and self.ns_steps == "adaptive"
 
     @property
+    def sinks(self) -> list[str]:
+        """Where the run is told beside its own lines: names that `muon_dist.telemetry.Sinks` takes."""
+        return [name for name in ("tensorboard", "wandb") if getattr(self, name)]
+
+    @property
     def checkpoints(self) -> Path:
         return Path(self.out) / "checkpoints"
 
@@ -100,6 +105,11 @@ class Options:
         up = (step + 1) / self.warmup if self.warmup else 1.0
         left = (self.steps - step) / self.decay if self.decay else 1.0
         return min(up, 1.0, self.min_lr_ratio + (1 - self.min_lr_ratio) * left)
+
+
+def flag(name: str) -> str:
+    """How an option is called on the command line."""
+    return "--" + name.replace("_", "-")
 
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(Options)}
@@ -113,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
     def add(group: Any, name: str, help: str, **how: Any) -> None:
         default = DEFAULTS.get(name)
         shown = "" if default in (None, False) or "default" in help else f" (default {default})"
-        names = ["--" + name.replace("_", "-"), *(["--" + name] if "_" in name else [])]
+        names = [flag(name), *(["--" + name] if "_" in name else [])]
         group.add_argument(*names, dest=name, help=help + shown, **how)
 
     run = root.add_argument_group("run")
@@ -245,16 +255,14 @@ def completed(given: dict[str, Any]) -> Options:
             raise ValueError("--engine deepspeed needs --deepspeed-config FILE, such as configs/deepspeed/zero2.json")
         for name, where in IN_DEEPSPEED_CONFIG.items():
             if name in given:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is said by the DeepSpeed config ({where}); leave it out with --engine deepspeed"
-                )
+                raise ValueError(f"{flag(name)} is said by the DeepSpeed config ({where}); leave it out with --engine deepspeed")
             options[name] = None
         options["optimizer"] = "deepspeed_config"  # until the config has been read
     elif options["deepspeed_config"] is not None:
         raise ValueError("--deepspeed-config needs --engine deepspeed")
     for name in ("tp", "distributed_optimizer"):
         if name in given and options["engine"] != "megatron":
-            raise ValueError(f"--{name.replace('_', '-')} needs --engine megatron")
+            raise ValueError(f"{flag(name)} needs --engine megatron")
     if options["engine"] != "deepspeed":
         _complete_optimizer(options, given)
     _check(options)
@@ -265,7 +273,7 @@ def _complete_optimizer(options: dict[str, Any], given: dict[str, Any]) -> None:
     if options["optimizer"] == "adamw":
         for name in ("adam_lr", "ns_steps", "coverage", "burn_in", "measure_every", "deflation"):
             if name in given:
-                raise ValueError(f"--{name.replace('_', '-')} needs --optimizer muon_dist")
+                raise ValueError(f"{flag(name)} needs --optimizer muon_dist")
             options[name] = None
     elif options["ns_steps"] != "adaptive":
         try:
@@ -274,7 +282,7 @@ def _complete_optimizer(options: dict[str, Any], given: dict[str, Any]) -> None:
             raise ValueError(f"--ns-steps must be 'adaptive' or a number, got {options['ns_steps']!r}") from None
         for name in ("coverage", "burn_in", "measure_every"):
             if name in given:
-                raise ValueError(f"--{name.replace('_', '-')} is for adaptive steps, and --ns-steps is {options['ns_steps']}")
+                raise ValueError(f"{flag(name)} is for adaptive steps, and --ns-steps is {options['ns_steps']}")
             options[name] = None
     if options["lr"] is None:
         options["lr"] = 5e-4 if options["optimizer"] == "adamw" else 4e-3
@@ -285,9 +293,6 @@ def _complete_optimizer(options: dict[str, Any], given: dict[str, Any]) -> None:
 
 
 def _check(options: dict[str, Any]) -> None:
-    def flag(name: str) -> str:
-        return "--" + name.replace("_", "-")
-
     counts = (
         "steps",
         "log_every",

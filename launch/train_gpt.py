@@ -25,7 +25,7 @@ from dry_run import dry_run
 from engines import make_engine
 from engines.deepspeed_zero import read_config, with_config
 from log import Log, Meter
-from options import OF_A_RUN, Options, parse
+from options import OF_A_RUN, Options, flag, parse
 from torch import Tensor
 
 from muon_dist.run import (
@@ -66,7 +66,7 @@ class Trainer:
     def __init__(self, options: Options, ranks: Ranks, device: torch.device, watchdog: Watchdog, signals: Signals, log: Log) -> None:
         self.options, self.ranks, self.device, self.watchdog, self.signals, self.log = options, ranks, device, watchdog, signals, log
         self.mark("start")
-        agree({"--" + name.replace("_", "-"): value for name, value in dataclasses.asdict(options).items()}, "was started with")
+        agree({flag(name): value for name, value in dataclasses.asdict(options).items()}, "was started with")
         require_shared(options.out)
         self.lock = claim(options.out)
         self.data = Windows.of(options)
@@ -223,8 +223,7 @@ def find_checkpoint(options: Options, sources: dict[str, Any], log: Log) -> Chec
     for name in OF_A_RUN:
         if saved[name] != now[name]:
             raise ValueError(
-                f"{checkpoint.path} is of a run with --{name.replace('_', '-')} {saved[name]}, not {now[name]}: choose another --out, "
-                "or the same flags"
+                f"{checkpoint.path} is of a run with {flag(name)} {saved[name]}, not {now[name]}: choose another --out, or the same flags"
             )
     for name, value in sources.items():  # DeepSpeed goes on with the optimizer's settings of the checkpoint, whatever the config says now
         if checkpoint.about["sources"].get(name) != value:
@@ -234,7 +233,7 @@ def find_checkpoint(options: Options, sources: dict[str, Any], log: Log) -> Chec
             )
     changed = [name for name in now if saved.get(name) != now[name] and name not in ("out", "dry_run", "resume")]
     for name in changed:
-        log.say(f"since the checkpoint --{name.replace('_', '-')} changed from {saved.get(name)} to {now[name]}")
+        log.say(f"since the checkpoint {flag(name)} changed from {saved.get(name)} to {now[name]}")
     return checkpoint
 
 

@@ -13,6 +13,7 @@ from options import Options
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from muon_dist.bench.small_gpt import GPT
 from muon_dist.run import Checkpoint
 
 Read = Callable[[int], tuple[Tensor, Tensor]]  # number of a micro batch in its step -> tokens and targets, (windows, context) int64
@@ -127,6 +128,12 @@ def make_engine(options: Options, device: torch.device, checkpoint: Checkpoint |
     return engine
 
 
+def make_gpt(options: Options) -> GPT:
+    """The model of the torch and DeepSpeed engines, the same on all ranks."""
+    torch.manual_seed(options.seed)
+    return GPT(layers=options.layers, width=options.width, heads=options.heads, context=options.context, vocabulary=options.vocabulary)
+
+
 def muon_settings(options: Options) -> dict[str, Any]:
     """What MuonDist is asked for, beside learning rates and decay."""
     if not options.adaptive:
@@ -138,7 +145,7 @@ def muon_settings(options: Options) -> dict[str, Any]:
         "measure_every": options.measure_every,
         "deflation": options.deflation,
         "telemetry_dir": options.out,
-        "telemetry_sinks": [name for name in ("tensorboard", "wandb") if getattr(options, name)],
+        "telemetry_sinks": options.sinks,
     }
 
 

@@ -18,12 +18,12 @@ import torch.distributed as dist
 from options import Options
 from torch import Tensor
 
-from muon_dist.bench.small_gpt import GPT
 from muon_dist.run import Checkpoint
 
-from . import Engine, Read, Stopwatch, qkv_rows
+from . import Engine, Read, Stopwatch, make_gpt, qkv_rows
 
 TAG = "state"  # the folder inside a checkpoint that DeepSpeed writes
+OPTIMIZERS = {"MuonDist": "muon_dist", "AdamW": "adamw"}  # as a config and as --optimizer names them
 UNIVERSAL = "universal"  # the same for another number of ranks, made when it is needed
 
 
@@ -38,7 +38,7 @@ def read_config(path: str) -> dict[str, Any]:
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"--deepspeed-config {path} can't be read: {error}") from error
     kind = config.get("optimizer", {}).get("type") if isinstance(config, dict) else None
-    if kind not in ("MuonDist", "AdamW"):
+    if kind not in OPTIMIZERS:
         raise ValueError(f'--deepspeed-config {path}: its "optimizer" must be of type "MuonDist" or "AdamW", not {kind!r}')
     config["optimizer"].setdefault("params", {})
     return dict(config)
@@ -58,12 +58,12 @@ class DeepSpeed(Engine):
         assert options.deepspeed_config is not None
         config = read_config(options.deepspeed_config)
         params = config["optimizer"]["params"]
-        self.name = {"MuonDist": "muon_dist", "AdamW": "adamw"}[config["optimizer"]["type"]]
+        self.name = options.optimizer
         if self.name == "muon_dist":
             params.setdefault("split", qkv_rows(options))
             if params.get("ns_steps", "adaptive") == "adaptive":
                 params.setdefault("telemetry_dir", options.out)
-                params.setdefault("telemetry_sinks", [name for name in ("tensorboard", "wandb") if getattr(options, name)])
+                params.setdefault("telemetry_sinks", options.sinks)
         elif device.type == "cpu":
             params.setdefault("torch_adam", True)  # DeepSpeed's own would be compiled
         self._universal = checkpoint is not None and checkpoint.about["world_size"] != dist.get_world_size()
@@ -71,9 +71,7 @@ class DeepSpeed(Engine):
             assert checkpoint is not None
             config["checkpoint"] = {**config.get("checkpoint", {}), "load_universal": True}
             _convert(checkpoint, config, working)
-        torch.manual_seed(options.seed)
-        size = {name: getattr(options, name) for name in ("layers", "width", "heads", "context", "vocabulary")}
-        model = GPT(**size)
+        model = make_gpt(options)
         self.parameters = sum(p.numel() for p in model.parameters())
         self._engine = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)[0]
         self.optimizer = self._engine.basic_optimizer
@@ -152,4 +150,4 @@ def with_config(options: Options) -> Options:
     """Options with the optimizer that the DeepSpeed config names."""
     assert options.deepspeed_config is not None
     kind = read_config(options.deepspeed_config)["optimizer"]["type"]
-    return dataclasses.replace(options, optimizer={"MuonDist": "muon_dist", "AdamW": "adamw"}[kind])
+    return dataclasses.replace(options, optimizer=OPTIMIZERS[kind])

@@ -21,10 +21,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from muon_dist import MuonDist, build_param_groups
-from muon_dist.bench.small_gpt import GPT
 from muon_dist.run import Checkpoint
 
-from . import Engine, Read, Stopwatch, muon_settings, qkv_rows
+from . import Engine, Read, Stopwatch, make_gpt, muon_settings, qkv_rows
 
 
 class FSDP2(Engine):
@@ -35,9 +34,7 @@ class FSDP2(Engine):
         self.data_rank, self.data_ranks = dist.get_rank(), dist.get_world_size()
         assert options.batch is not None and options.lr is not None and options.weight_decay is not None
         self.micro_batch, self.accumulation = micro_batches(options.batch, options.micro_batch, self.data_ranks)
-        torch.manual_seed(options.seed)
-        size = {name: getattr(options, name) for name in ("layers", "width", "heads", "context", "vocabulary")}
-        self.model = GPT(**size).to(device)
+        self.model = make_gpt(options).to(device)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         mesh = init_device_mesh(device.type, (self.data_ranks,))
         policy = MixedPrecisionPolicy()

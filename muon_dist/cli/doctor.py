@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import sys
@@ -19,7 +18,7 @@ from torch.multiprocessing.spawn import spawn
 from ..optimizer import MuonDist
 from ..polar.polynomials import JORDAN
 from ..run import end_process_group
-from ..version import __version__
+from ..version import __version__, installed_versions
 
 SHAPES = [(48, 40), (33, 17), (5, 64)]
 BOUND = {torch.float64: 1e-10, torch.float32: 2e-5}
@@ -32,11 +31,10 @@ def run(launcher: str | None = None) -> int:
 
         return doctor_launcher.run(launcher)
     print(f"muon_dist {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    for package in ("torch", "numpy", "deepspeed", "megatron-core", "emerging-optimizers", "transformers", "mpi4py"):
-        try:
-            print(f"  {package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            print(f"  {package} not installed")
+    packages = ("torch", "numpy", "deepspeed", "megatron-core", "emerging-optimizers", "transformers", "mpi4py")
+    versions = installed_versions(packages)
+    for package in packages:
+        print(f"  {package} {versions.get(package, 'not installed')}")
     devices = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     print(f"devices: {', '.join(devices) or 'CPU only'}; {os.cpu_count()} cores, {torch.get_num_threads()} torch threads")
     if not dist.is_available():

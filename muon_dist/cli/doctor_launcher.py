@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import socket
@@ -15,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ..run import Watchdog, end_process_group, find_ranks, start_process_group
-from ..version import __version__
+from ..version import __version__, installed_versions
 from .doctor import largest_error, verdict
 from .table import table
 
@@ -67,12 +66,9 @@ def run(launcher: str) -> int:
 
 
 def _facts(local_rank: int, device: torch.device) -> dict[str, Any]:
+    packages = ("torch", "numpy", "deepspeed", "megatron-core")
     versions = {"muon_dist": __version__, "Python": platform.python_version()}
-    for package in ("torch", "numpy", "deepspeed", "megatron-core"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+    versions |= {**dict.fromkeys(packages, "not installed"), **installed_versions(packages)}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {

@@ -204,16 +204,13 @@ def run(
         ],
     }
 
-    print(f"{config}: {si(numel)} parameters on {plan.n_ranks} ranks (dp {dp} × tp {tp}, ZeRO {zero}), {_steps(ns_steps, laws)}")
+    steps = "predicted" if laws else ns_steps
+    print(f"{config}: {si(numel)} parameters on {plan.n_ranks} ranks (dp {dp} × tp {tp}, ZeRO {zero}), {steps} Newton–Schulz steps")
     report(plan, state, adamw, bucket_mb=bucket_mb, model_flops=model_flops, tokens=tokens)
     if laws:
         report_laws(plan, predicted, coverage)
     write_json(json_path, content)
     return 0
-
-
-def _steps(ns_steps: int, laws: bool) -> str:
-    return f"{'predicted' if laws else ns_steps} Newton–Schulz steps"
 
 
 def report(plan: Plan, state: Sequence[int], adamw: Sequence[int], *, bucket_mb: float, model_flops: float, tokens: int) -> None:

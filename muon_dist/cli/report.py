@@ -16,7 +16,7 @@ from typing import Any
 
 from ..spectrum.moments import QUANTILES
 from .run_log import RunLog, duration, read_log
-from .table import si, table
+from .table import mean_of_known, si, table
 
 BINS = 24  # most points of a curve over the run for what matrices measure at different steps
 SUMMARY = ("run", "optimizer", "step", "peak lr", "loss", "held out", "tokens/s", "optimizer share", "state per rank", "skipped")
@@ -147,19 +147,14 @@ def _spectra(log: RunLog) -> dict[str, Any]:
     kinds = sorted({r["kind"] or "other" for r in log.matrices})
     return {
         "quantiles": [curve(f"{q:g}", f"sigma_{q:g}", _median) for q in QUANTILES],
-        "steps": [curve(kind, "ns_steps", _mean, kind) for kind in kinds],
-        "coverage": [curve(kind, "coverage", _mean, kind) for kind in kinds],
+        "steps": [curve(kind, "ns_steps", mean_of_known, kind) for kind in kinds],
+        "coverage": [curve(kind, "coverage", mean_of_known, kind) for kind in kinds],
     }
 
 
 def _median(values: list[float | None]) -> float | None:
     """None stands for a value below all others."""
     return sorted(values, key=lambda v: 0.0 if v is None else v)[len(values) // 2]
-
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known) if known else None
 
 
 def _layers(log: RunLog) -> list[dict[str, Any]]:

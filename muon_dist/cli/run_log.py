@@ -10,6 +10,7 @@ from typing import Any
 
 from ..run.lines import read_lines
 from ..telemetry import read_run
+from .table import mean_of_known
 
 
 @dataclass
@@ -65,8 +66,7 @@ class RunLog:
 
     def mean_coverage(self) -> float | None:
         """The mean of what the last measurements say is covered."""
-        known = [r["coverage"] for r in self.last_matrices if r["coverage"] is not None]
-        return sum(known) / len(known) if known else None
+        return mean_of_known([r["coverage"] for r in self.last_matrices])
 
     def state(self) -> str:
         """Running, ended and why, or silent for how long."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..spectrum.moments import QUANTILES
 from ..telemetry import read_run
-from .table import table, write_json
+from .table import mean_of_known, table, write_json
 
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#7f7f7f")
 
@@ -74,7 +74,9 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
         taken = [(p, float(np.mean(v))) for p, v in zip(places, counts, strict=True) if v]
         axes[2].plot(*zip(*taken, strict=True), marker=".", color=colour, label=kind)
     axes[1].set(xlabel="relative depth", ylabel="σ at q = .5 / ‖M‖_F", title="median singular value over depth, at the end")
-    coverage = [(p, v) for p, k in zip(places, sorted(bins), strict=True) if (v := _mean([r["coverage"] for r in bins[k]])) is not None]
+    coverage = [
+        (p, v) for p, k in zip(places, sorted(bins), strict=True) if (v := mean_of_known([r["coverage"] for r in bins[k]])) is not None
+    ]
     axes[2].set(xlabel="step", ylabel="Newton–Schulz steps", title="steps by kind; dashed: coverage", ylim=(0, None))
     beside = axes[2].twinx()
     if coverage:
@@ -86,8 +88,3 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [v for v in values if v is not None]
-    return sum(known) / len(known) if known else None

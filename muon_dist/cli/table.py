@@ -27,6 +27,12 @@ def si(value: float, unit: str = "") -> str:
     return f"{value:.3g} {unit}".rstrip()
 
 
+def mean_of_known(values: Sequence[float | None]) -> float | None:
+    """The mean of those that are not None; None where all are."""
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
+
+
 def write_json(path: str | None, content: Any) -> None:
     """Write what a command printed, and what it was computed from, so that others can check it."""
     if path is not None:

@@ -75,16 +75,14 @@ def save_checkpoint(
             json.dump({**about, "step": step, "files": files}, file, indent=1)
         _sync(partial / ABOUT)
         _sync(partial)
-        replaced = done.with_name(f".old-{done.name}-{os.getpid()}")
-        if done.exists():  # damaged, or it would not be saved again
-            done.rename(replaced)
+        replaced = [_put_aside(done)] if done.exists() else []  # it was damaged, or it would not be saved again
         partial.rename(done)
         _sync(root)
-        shutil.rmtree(replaced, ignore_errors=True)
         others = [path for path in _folders(root) if path != done]
         later = [path for path in others if int(path.name[5:]) > step]  # passed over when this run went on from an earlier one
-        for old in [*later, *others[len(later) :][max(0, keep - 1) :]]:
-            _remove(old)
+        too_old = others[len(later) :][max(0, keep - 1) :]
+        for aside in [*replaced, *map(_put_aside, [*later, *too_old])]:
+            shutil.rmtree(aside, ignore_errors=True)  # what can't be removed now is at the next save
     _barrier()
     return done
 
@@ -97,11 +95,9 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _remove(path: Path) -> None:
-    """At once for those who look for checkpoints, file by file on the disk; what can't be removed now is at the next save."""
-    aside = path.with_name(f".old-{path.name}-{os.getpid()}")
-    path.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
+def _put_aside(path: Path) -> Path:
+    """Where it is no checkpoint any more, at once."""
+    return path.rename(path.with_name(f".old-{path.name}-{os.getpid()}"))
 
 
 def _folders(root: Path) -> list[Path]:
