@@ -86,9 +86,12 @@ class Cluster:
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
-    def state(self, job: str) -> str:
+    def field(self, job: str, name: str) -> str:
         fields = self.run("scontrol", "show", "job", "--oneliner", job).split()
-        return next(field.removeprefix("JobState=") for field in fields if field.startswith("JobState="))
+        return next(field.removeprefix(f"{name}=") for field in fields if field.startswith(f"{name}="))
+
+    def state(self, job: str) -> str:
+        return self.field(job, "JobState")
 
     def wait_for(self, condition, timeout: float = 90, what=lambda: "") -> None:
         deadline = time.monotonic() + timeout
