@@ -20,8 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from .adaptation import Adaptation, attach_controllers
 from .groups import POLICY_KEYS, fixed_schedule
+from .polar.cost import flops_of, workspace_bytes
 from .polar.matrix_view import Matrix, matrices_of
-from .polar.newton_schulz import default_compute_dtype, dtype_named, flops_of, workspace_bytes
+from .polar.newton_schulz import default_compute_dtype, dtype_named
 from .polar.polynomials import Schedule
 from .routing import Route
 from .sharding.exchange import BucketRoute, Exchange, route_bucket
@@ -223,7 +224,7 @@ def _make_domain(ranks: tuple[int, ...], members: list[BoundParameter], group: d
         b.position = position
         if b.matrices:
             key = (b.fixed or "adaptive", str(b.compute_dtype), b.group["compute_dtype"] is None, b.group["eps"])
-            tasks += matrix_tasks(b.name, position, b.matrices, b.schedules, b.compute_dtype, b.wire_dtype, batch_key=key)
+            tasks += matrix_tasks(b.name, position, b.matrices, b.schedules, b.compute_dtype, b.wire_dtype, b.device.type, batch_key=key)
             matrices += b.matrices
     plan = make_plan([b.placement for b in members], tasks, n_ranks=len(ranks), bucket_bytes=bucket_bytes)
     me = ranks.index(dist.get_rank()) if len(ranks) > 1 else 0
@@ -257,8 +258,11 @@ def rebalanced(domain: Domain, bucket_bytes: int) -> Domain | None:
 
     Every rank decides alike, since all have the same schedules; the plans are compared nevertheless.
     """
-    scheduled = [(m, s, b.compute_dtype) for b in domain.parameters for m, s in zip(b.matrices, b.schedules, strict=True)]
-    work = [flops_of(*matrix.shape, schedule, dtype) for matrix, schedule, dtype in scheduled]
+    work = [
+        flops_of(*matrix.shape, schedule, b.compute_dtype, b.device.type)
+        for b in domain.parameters
+        for matrix, schedule in zip(b.matrices, b.schedules, strict=True)
+    ]
     busiest = np.bincount(domain.plan.owners, work, domain.plan.n_ranks).max(initial=0.0)
     if busiest * domain.plan.n_ranks <= EVEN_ENOUGH * sum(work):
         return None
@@ -292,6 +296,7 @@ def matrix_tasks(
     schedules: Sequence[Schedule],
     compute_dtype: torch.dtype,
     wire_dtype: torch.dtype,
+    device_type: str,
     *,
     batch_key: Hashable = None,
 ) -> list[MatrixTask]:
@@ -302,7 +307,7 @@ def matrix_tasks(
             parameter=parameter,
             box=matrix.box,
             shape=matrix.shape,
-            flops=flops_of(*matrix.shape, schedule, compute_dtype),
+            flops=flops_of(*matrix.shape, schedule, compute_dtype, device_type),
             workspace=workspace_bytes(
                 *matrix.shape, itemsize=compute_dtype.itemsize, in_place=compute_dtype == wire_dtype, deflation=schedule.deflation
             ),

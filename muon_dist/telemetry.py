@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adaptation import Adaptation
-from .polar.newton_schulz import flops
+from .polar.cost import flops
 from .run.lines import append_lines, read_lines
 from .spectrum.scaling_law import layer_kind
 from .version import __version__

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..cli.table import table, write_json
 from ..optimizer import MuonDist
-from ..polar.newton_schulz import flops, orthogonalize
+from ..polar.cost import flops
+from ..polar.newton_schulz import orthogonalize
 from ..polar.polynomials import Schedule, schedule_for
 from ..routing import build_param_groups
 from ..spectrum.bidiagonal import RowShard, golub_kahan_quantiles

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..cli.table import table, write_json
 from ..optimizer import MuonDist
-from ..polar.newton_schulz import flops
+from ..polar.cost import flops
 from ..polar.polynomials import widest_schedule
 from ..routing import build_param_groups
 from .small_gpt import GPT, read_text, windows

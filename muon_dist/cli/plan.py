@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from ..binding import matrix_tasks
+from ..polar.cost import flops
 from ..polar.matrix_view import matrices_of
-from ..polar.newton_schulz import flops
 from ..polar.polynomials import Schedule, schedule_for
 from ..sharding.layout import Fragment, Placement, ShardLayout, fragment_numel
 from ..sharding.plan import MatrixTask, Plan, make_plan
@@ -102,7 +102,7 @@ def plan_model(
         assert p.route.view is not None
         matrices = matrices_of(p.shape, p.route.view, p.name)
         own = [fixed] * len(matrices) if schedules is None else schedules[p.name]
-        tasks += matrix_tasks(p.name, position, matrices, own, torch.bfloat16, torch.bfloat16)
+        tasks += matrix_tasks(p.name, position, matrices, own, torch.bfloat16, torch.bfloat16, "cuda")
     plan = make_plan([place for _, place in muon], tasks, n_ranks=dp * tp, bucket_bytes=int(bucket_mb * 2**20))
     first_owner = {task.parameter: owner for task, owner in zip(plan.matrices, plan.owners, strict=True)}
     positions = {p.name: k for k, (p, _) in enumerate(muon)}

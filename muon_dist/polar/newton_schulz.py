@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Literal, overload
@@ -10,8 +9,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from .deflation import deflation_flops, split_dominant
+from .cost import segments_of
+from .deflation import split_dominant
 from .polynomials import Coefficients, Polynomial, Schedule, explicit_schedule, schedule_for
+from .products import symmetric_product
 
 # The largest gain (the product of all a) that is left to bf16. A direction at 1e-4·‖X‖_F comes out of bf16 with .91 of its gain and
 # noise of .39 beside it, out of fp16 with 1.00 and .06 (measured at n = 512); lifting it to 1 takes a gain of 1e4.
@@ -56,54 +57,6 @@ def default_compute_dtype(device: torch.device, dtype: torch.dtype, schedule: Sc
         return torch.bfloat16
     # what one step lifts a tiny singular value by is its a: together they say how far down the steps reach
     return torch.bfloat16 if math.prod(a for a, _, _ in schedule.steps) <= BF16_RESOLVES else torch.float16
-
-
-def flops(rows: int, cols: int, steps: int, *, deflation: int = 0, joined: int = 0) -> int:
-    """Floating-point operations of `steps` quintic steps on a rows × cols matrix: k(4m²n + 2m³), m = min(rows, cols).
-
-    Of `joined` pairs of steps each takes 4m²n + 10m³; see `joined_steps`. With the products of deflation; orthonormalising its few
-    vectors is left out, as are all passes over single matrices.
-    """
-    m, n = min(rows, cols), max(rows, cols)
-    return steps * (4 * m * m * n + 2 * m**3) - joined * (4 * m * m * n - 6 * m**3) + deflation_flops(m, n, deflation)
-
-
-def flops_of(rows: int, cols: int, schedule: Schedule, compute_dtype: torch.dtype) -> int:
-    """What `orthogonalize_batch` takes for one matrix with this schedule."""
-    joined = joined_steps(schedule.steps, rows, cols, compute_dtype)
-    return flops(rows, cols, len(schedule), deflation=schedule.deflation, joined=len(joined))
-
-
-@functools.lru_cache(maxsize=4096)
-def joined_steps(steps: tuple[Coefficients, ...], rows: int, cols: int, compute_dtype: torch.dtype) -> tuple[int, ...]:
-    """The steps that are taken together with the one after them, in m × m products, m = min(rows, cols).
-
-    With A = XXᵀ and Q = a + bA + cA² of the first, the second sees QAQ instead of another XXᵀ, and X is multiplied once, by the product of
-    both. That pays where a side is more than twice the other. Rounding of A, ε, has grown to a²ε in QAQ, and changes what the second step
-    does to a small direction by (|b| + |c|)/a times as much. Where that exceeds 2e-6, a tenth of what fp32 updates are held to, and in
-    half precision, steps stay single. The others err .7 to 2.8 times as much as single ones, on spectra of up to five decades (a test).
-    """
-    if max(rows, cols) <= 2 * min(rows, cols) or compute_dtype not in (torch.float32, torch.float64):
-        return ()
-    epsilon, found, k = torch.finfo(compute_dtype).eps / 2, [], 0
-    while k + 1 < len(steps):
-        (first, _, _), (a, b, c) = steps[k], steps[k + 1]
-        joins = epsilon * first**2 * (abs(b) + abs(c)) / abs(a) <= 2e-6 if a else False
-        if joins:
-            found.append(k)
-        k += 2 if joins else 1
-    return tuple(found)
-
-
-def workspace_bytes(rows: int, cols: int, *, itemsize: int, in_place: bool, deflation: int = 0) -> int:
-    """Bytes that `orthogonalize_batch` needs for a rows × cols matrix beside its input: a second copy to work in turns, the
-    Gram matrix and its polynomial; two more of that size where steps may be joined; and where the input is in another dtype than
-    `itemsize` says, a normalised copy of it. Deflation adds its directions' polar factor, and a copy in fp32 if the products run in less.
-    """
-    small = min(rows, cols)
-    squares = 4 if max(rows, cols) > 2 * small and itemsize >= 4 else 2
-    deflated = rows * cols * (itemsize + (4 if itemsize < 4 else 0)) if deflation else 0
-    return itemsize * (rows * cols * (1 if in_place else 2) + squares * small * small) + deflated
 
 
 @overload
@@ -232,59 +185,61 @@ def orthogonalize_batch(
     if moments is not None:
         moments[:, 0] = 1.0 if dominant is None else _inner(x, x)
     y = torch.empty_like(x)
+    segments = segments_of(schedule.steps, *x.shape[1:], x.dtype, x.device.type)
     # One matrix after the other where a batched product gains nothing: on a CPU the working set then fits its caches
     one_by_one = x.shape[0] == 1 or (x.device.type == "cpu" and min(x.shape[1:]) >= 192)
     for k in range(x.shape[0]) if one_by_one else [slice(None)]:
-        _iterate(x[k], y[k], schedule, None if moments is None else moments[k, 1:])
-    products = len(schedule) - len(joined_steps(schedule.steps, *x.shape[1:], x.dtype))
-    result = y if products % 2 else x
+        _iterate(x[k], y[k], schedule, segments, None if moments is None else moments[k, 1:])
+    result = y if len(segments) % 2 else x
     return result if dominant is None else result.add_(dominant)
 
 
-def _iterate(x: Tensor, y: Tensor, schedule: Schedule, moments: Tensor | None) -> None:
-    """X ← aX + (bA + cA²)X for every step, A = XXᵀ (XᵀX and from the right where X is tall): one matrix or a batch.
+def _iterate(x: Tensor, y: Tensor, schedule: Schedule, segments: Sequence[int], moments: Tensor | None) -> None:
+    """Newton–Schulz in segments, one matrix or a batch: of each, A = XXᵀ, steps on A alone, and X ← RX (XᵀX and XR where X is tall).
 
-    Works in x and y in turns: the result is in y after an odd number of products with X, of which joined steps have one between them.
+    With P = bA + cA² a segment of one step is X ← aX + PX; in longer ones R ← aR + PR (at first a + P) and A ← QAQ, Q = a + P.
+    Works in x and y in turns: the result is in y after an odd number of segments.
     """
     product, multiply_add = (torch.mm, torch.addmm) if x.ndim == 2 else (torch.bmm, torch.baddbmm)
     tall, small = x.shape[-2] > x.shape[-1], min(x.shape[-2:])
-    joined = joined_steps(schedule.steps, *x.shape[-2:], x.dtype)
-    gram = x.new_empty(*x.shape[:-2], small, small)
-    polynomial = torch.empty_like(gram)
-    first, spare = (torch.empty_like(gram), torch.empty_like(gram)) if joined else (gram, gram)
-    for k, (a, b, c) in enumerate(schedule.steps):
-        second = k - 1 in joined  # `first` holds Q of the step before, which X has not seen
-        if second:
-            product(first, gram, out=spare)
-            product(spare, first, out=gram)
-        else:
-            product(x.mT, x, out=gram) if tall else product(x, x.mT, out=gram)
-        if k == 0 and schedule.normalisation != "frobenius":
-            squared = polynomial if schedule.normalisation == "schatten8" else None
-            scale = _divide_by_schatten(x, gram, squared)
+    gram, polynomial = (x.new_empty(*x.shape[:-2], small, small) for _ in range(2))
+    root, spare = (torch.empty_like(gram) if max(segments) > 1 else gram for _ in range(2))
+    k = 0
+    for length in segments:
+        symmetric_product(*((x.mT, x) if tall else (x, x.mT)), gram)
+        for step in range(length):
+            a, b, c = schedule.steps[k]
+            if k == 0 and schedule.normalisation != "frobenius":
+                squared = polynomial if schedule.normalisation == "schatten8" else None
+                scale = _divide_by_schatten(x, gram, squared)
+                if moments is not None:
+                    moments[..., 0] = scale[..., 0, 0]
+            elif k == 0 and moments is not None:
+                moments[..., 0] = 1.0
+            if k == 0 and schedule.normalisation == "schatten8":
+                polynomial.mul_(c).add_(gram, alpha=b)  # holds A²
+            else:
+                symmetric_product(gram, gram, polynomial, addend=gram, beta=b, alpha=c)
             if moments is not None:
-                moments[..., 0] = scale[..., 0, 0]
-        elif k == 0 and moments is not None:
-            moments[..., 0] = 1.0
-        if k == 0 and schedule.normalisation == "schatten8":
-            polynomial.mul_(c).add_(gram, alpha=b)  # holds A²
-        else:
-            multiply_add(gram, gram, gram, beta=b, alpha=c, out=polynomial)
-        if moments is not None:
-            moments[..., 1 + 4 * k] = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64)
-            moments[..., 2 + 4 * k] = _inner(gram, gram)
-            moments[..., 3 + 4 * k] = _inner(gram, polynomial)
-            moments[..., 4 + 4 * k] = _inner(polynomial, polynomial)
-        if k in joined:
-            polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
-            first, polynomial = polynomial, first
-            continue
-        if second:
-            multiply_add(first, polynomial, first, beta=a, out=spare)
-            product(x, spare, out=y) if tall else product(spare, x, out=y)
-        else:
-            left, right = (x, polynomial) if tall else (polynomial, x)
-            multiply_add(x, left, right, beta=a, out=y)
+                moments[..., 1 + 4 * k] = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64)
+                moments[..., 2 + 4 * k] = _inner(gram, gram)
+                moments[..., 3 + 4 * k] = _inner(gram, polynomial)
+                moments[..., 4 + 4 * k] = _inner(polynomial, polynomial)
+            k += 1
+            if length == 1:
+                multiply_add(x, *((x, polynomial) if tall else (polynomial, x)), beta=a, out=y)
+                continue
+            if step > 0:
+                symmetric_product(polynomial, root, spare, addend=root, beta=a)
+                root, spare = spare, root
+            if step < length - 1:
+                polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+                if step == 0:
+                    root.copy_(polynomial)
+                product(gram, polynomial, out=spare)  # whole: see restarts on the order of factors
+                symmetric_product(polynomial, spare, gram)
+        if length > 1:
+            product(*((x, root.mT) if tall else (root, x)), out=y)  # root is symmetric but for rounding
         x, y = y, x
     if moments is not None:
         moments[..., -1] = _inner(x, x)
@@ -306,7 +261,7 @@ def _divide_by_schatten(x: Tensor, gram: Tensor, squared: Tensor | None) -> Tens
     gram.div_(outer)
     scale = outer.sqrt()
     if squared is not None:
-        torch.matmul(gram, gram, out=squared)
+        symmetric_product(gram, gram, squared)
         inner = norm(squared)  # (Σσ⁸)^½ of X/scale
         squared.div_(inner)
         root = inner.sqrt_()

@@ -1,0 +1,70 @@
+"""What an orthogonalisation costs, and the cheaper of its forms: direct, or steps in Gram space.
+
+The choice is a pure function of shape, schedule, dtype and kind of device. It depends neither on timings, so that every rank and every
+resumed run chooses alike, nor on the batch, so that a matrix's update doesn't depend on which others share its owner.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from .deflation import deflation_flops
+from .polynomials import Coefficients, Schedule
+from .products import computed_elements
+from .restarts import best_segments, single_steps
+
+# Operations in the time that a product takes to bring one element of its result to memory: from the rate of products over the bandwidth of
+# fp32 on a CPU core (measured: 90 GFLOP/s, 10 GB/s), of bf16 on an H100 (data sheet: 990 TFLOP/s, 3.35 TB/s).
+OPERATIONS_PER_ELEMENT = {"cpu": 64, "cuda": 1024}
+
+
+def flops(rows: int, cols: int, steps: int, *, deflation: int = 0) -> int:
+    """Floating-point operations of `steps` quintic steps on a rows × cols matrix in the direct form: k(4m²n + 2m³), m = min(rows, cols).
+
+    With the products of deflation; orthonormalising its few vectors is left out, as are all passes over single matrices.
+    """
+    m, n = min(rows, cols), max(rows, cols)
+    return steps * (4 * m * m * n + 2 * m**3) + deflation_flops(m, n, deflation)
+
+
+def flops_of(rows: int, cols: int, schedule: Schedule, compute_dtype: torch.dtype, device_type: str) -> int:
+    """What `orthogonalize_batch` takes for one matrix: of the form that is chosen, with half-computed symmetric products."""
+    m, n = min(rows, cols), max(rows, cols)
+    segments = segments_of(schedule.steps, rows, cols, compute_dtype, device_type)
+    return sum(segment_flops(m, n, length, device_type) for length in segments) + deflation_flops(m, n, schedule.deflation)
+
+
+def segment_flops(m: int, n: int, length: int, device_type: str) -> int:
+    """Of XXᵀ, `length` steps on it, and the product with X; m <= n.
+
+    A step takes A²; each but the first R ← QR, each but the last A ← Q(AQ). All but AQ are computed as symmetric.
+    """
+    symmetric = length + 2 * (length - 1)
+    return 2 * computed_elements(m, device_type) * (n + symmetric * m) + 2 * (length - 1) * m**3 + 2 * m * m * n
+
+
+@functools.lru_cache(maxsize=4096)
+def segments_of(steps: tuple[Coefficients, ...], rows: int, cols: int, compute_dtype: torch.dtype, device_type: str) -> tuple[int, ...]:
+    """How many steps are taken on each Gram matrix: (1, 1, …) is the direct form, (3, 2) restarts from X once. See `restarts`."""
+    m, n = min(rows, cols), max(rows, cols)
+    if m == 0:
+        return single_steps(len(steps))
+    per_element = OPERATIONS_PER_ELEMENT.get(device_type, OPERATIONS_PER_ELEMENT["cuda"])
+
+    def cost(length: int) -> float:
+        squares = 1 + length + 3 * (length - 1)
+        return segment_flops(m, n, length, device_type) + per_element * (squares * m * m + m * n)
+
+    return best_segments(steps, compute_dtype, cost)
+
+
+def workspace_bytes(rows: int, cols: int, *, itemsize: int, in_place: bool, deflation: int = 0) -> int:
+    """Bytes that `orthogonalize_batch` needs for a rows × cols matrix beside its input: a second copy to work in turns, the
+    Gram matrix and its polynomial, two more of that size in Gram space; and where the input is in another dtype than `itemsize` says,
+    a normalised copy of it. Deflation adds its directions' polar factor, and a copy in fp32 if the products run in less.
+    """
+    small = min(rows, cols)
+    deflated = rows * cols * (itemsize + (4 if itemsize < 4 else 0)) if deflation else 0
+    return itemsize * (rows * cols * (1 if in_place else 2) + 4 * small * small) + deflated
