@@ -236,7 +236,8 @@ def bound_gpt(zero: int) -> tuple[list[int], list[tuple[int, int]]]:
 
 @pytest.mark.parametrize("zero", [0, 3])
 def test_the_command_plans_what_the_optimizer_does(zero: int) -> None:
-    plan, state, adamw = plan_model(model_parameters("configs/models/gpt-5m.json"), dp=2, tp=1, zero=zero, ns_steps=5, bucket_mb=64)
+    parameters = model_parameters("configs/models/gpt-5m.json")
+    plan, state, adamw = plan_model(parameters, dp=2, tp=1, zero=zero, ns_steps=5, bucket_mb=64, device_type="cpu")
     loads = plan.loads()
     for flops, traffic in run_ranks(2, bound_gpt, zero):
         assert flops == [load.flops for load in loads]

@@ -85,10 +85,11 @@ def plan_model(
     ns_steps: int,
     bucket_mb: float,
     schedules: Mapping[str, Sequence[Schedule]] | None = None,
+    device_type: str = "cuda",
 ) -> tuple[Plan, list[int], list[int]]:
     """The plan of a job, with every rank's bytes of optimizer state for MuonDist and for AdamW alone.
 
-    `schedules`, by parameter and matrix, replace `ns_steps` for all.
+    `schedules`, by parameter and matrix, replace `ns_steps` for all. `device_type` decides which form Newton–Schulz takes.
     """
     if min(dp, tp) < 1 or zero not in (0, 1, 2, 3):
         raise ValueError(f"--dp and --tp must be at least 1 and --zero one of 0, 1, 2, 3; got {dp}, {tp}, {zero}")
@@ -102,7 +103,7 @@ def plan_model(
         assert p.route.view is not None
         matrices = matrices_of(p.shape, p.route.view, p.name)
         own = [fixed] * len(matrices) if schedules is None else schedules[p.name]
-        tasks += matrix_tasks(p.name, position, matrices, own, torch.bfloat16, torch.bfloat16, "cuda")
+        tasks += matrix_tasks(p.name, position, matrices, own, torch.bfloat16, torch.bfloat16, device_type)
     plan = make_plan([place for _, place in muon], tasks, n_ranks=dp * tp, bucket_bytes=int(bucket_mb * 2**20))
     first_owner = {task.parameter: owner for task, owner in zip(plan.matrices, plan.owners, strict=True)}
     positions = {p.name: k for k, (p, _) in enumerate(muon)}
