@@ -97,11 +97,22 @@ def test_plan_writes_what_it_prints(tmp_path: Path, config: str) -> None:
         (("plan", "configs/models/gpt-5m.json", "--json", "/no/such/folder/plan.json"), "No such file"),
         (("plan", "no.json", "--zero", "1"), "can't read"),
         (("bench", "step", "--pairs", "0"), "at least 1"),
+        (("bench", "ns", "--shapes", "768by768"), "768x3072"),
+        (("bench", "ns", "--dtype", "int8"), "not a dtype"),
     ],
 )
 def test_wrong_arguments_end_with_one_clear_line(arguments: tuple[str, ...], words: str) -> None:
     result = command(*arguments)
     assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr
+
+
+def test_bench_ns_measures_both_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "ns.json"
+    assert main(["bench", "ns", "--shapes", "40x200", "200x40", "48x48", "--rounds", "2", "--threads", "1", "--json", str(out)]) == 0
+    assert capsys.readouterr().out.count("Gram 3+2") == 2
+    written = json.loads(out.read_text())
+    assert [s["segments"] for s in written["shapes"]] == [[3, 2], [3, 2], [1] * 5]
+    assert all(len(times) == 2 and min(times) > 0 for s in written["shapes"] for times in s["seconds"].values())
 
 
 def test_bench_step_measures_pairs_and_writes_them(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from ..polar.polynomials import NAMES as POLYNOMIALS
 from ..polar.scaling import NAMES
 from ..run.bootstrap import LAUNCHERS
 from ..version import __version__
@@ -71,6 +72,17 @@ def parser() -> argparse.ArgumentParser:
     step.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     step.add_argument("--pairs", type=int, default=7, help="paired repetitions (default 7)")
 
+    ns = benches.add_parser("ns", help="Newton–Schulz per shape: the chosen form beside the direct one and torch.optim.Muon's iteration")
+    ns.add_argument(
+        "--shapes", nargs="+", metavar="MxN", help="matrices such as 768x3072 (default: those of models of .1 to 1 B parameters)"
+    )
+    ns.add_argument("--polynomial", choices=POLYNOMIALS, default="jordan")
+    ns.add_argument("--steps", type=int, default=5)
+    ns.add_argument("--batch", type=int, default=1, help="matrices of each shape (default 1)")
+    ns.add_argument("--dtype", help="of the products, such as bf16 (default: what MuonDist takes on the device)")
+    ns.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    ns.add_argument("--rounds", type=int, default=7)
+
     adaptive = benches.add_parser("adaptive", help="FLOPs and coverage of adaptive step counts on real momentum, part by part")
     accuracy = benches.add_parser("spectrum", help="estimated quantiles over exact ones")
     for command in (adaptive, accuracy):
@@ -122,9 +134,9 @@ def parser() -> argparse.ArgumentParser:
     megatron.add_argument("--warmup", type=int, default=3, help="steps before (default 3)")
 
     step.add_argument("--threads", type=int, default=None, help="torch threads per rank (default: cores / ranks, at least 1)")
-    for command in (adaptive, accuracy, training, ladder, memory, overhead):
+    for command in (ns, adaptive, accuracy, training, ladder, memory, overhead):
         command.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="torch threads")
-    for command in (step, adaptive, accuracy, training, memory, overhead, deepspeed, megatron):
+    for command in (step, ns, adaptive, accuracy, training, memory, overhead, deepspeed, megatron):
         command.add_argument("--json", metavar="FILE", help="also write every figure")
     return root
 
@@ -189,6 +201,10 @@ def _bench(arguments: argparse.Namespace) -> int:
         from ..bench import step
 
         return step.run(arguments.model, **options)
+    if arguments.bench == "ns":
+        from ..bench import ns
+
+        return ns.run(options.pop("shapes") or list(ns.SHAPES), **options)
     if arguments.bench == "adaptive":
         from ..bench import adaptive
 

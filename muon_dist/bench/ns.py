@@ -1,0 +1,131 @@
+"""`muon-dist bench ns`: Newton–Schulz alone, per shape: the chosen form beside the direct one, its rate beside a plain product's.
+
+In every round each shape is orthogonalised in the direct form, in the chosen one, and by torch.optim.Muon's iteration in the same
+dtype; a large square product tells what the machine can do.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from ..cli.table import table, write_json
+from ..polar import newton_schulz
+from ..polar.cost import flops, segments_of
+from ..polar.newton_schulz import default_compute_dtype, dtype_named, orthogonalize_batch
+from ..polar.polynomials import Schedule, schedule_for
+from ..polar.restarts import single_steps
+from .peers import newton_schulz as torch_iteration
+
+SHAPES = ("768x768", "768x3072", "3072x768", "1024x1024", "1024x4096", "2048x2048", "2048x5632")  # of models of .1 to 1 B parameters
+DIRECT, CHOSEN, PEER = "direct", "chosen", "torch.optim.Muon"
+
+
+def run(
+    shapes: list[str],
+    *,
+    polynomial: str,
+    steps: int,
+    batch: int,
+    dtype: str | None,
+    device: str | None,
+    rounds: int,
+    threads: int,
+    json_path: str | None,
+) -> int:
+    if min(steps, batch, rounds, threads) < 1:
+        raise ValueError(f"--steps, --batch, --rounds and --threads must be at least 1, got {steps}, {batch}, {rounds} and {threads}")
+    sizes, schedule = [_shape(text) for text in shapes], schedule_for(polynomial, steps)
+    torch.set_num_threads(threads)
+    on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    compute = dtype_named(dtype, "--dtype") or default_compute_dtype(on, torch.float32, schedule)
+    name = torch.cuda.get_device_name(on) if on.type == "cuda" else f"{platform.machine()}, {threads} threads"
+    print(
+        f"{polynomial}, {len(schedule)} steps, batches of {batch}, {str(compute).removeprefix('torch.')}; {rounds} rounds after one warm-up"
+    )
+    print(f"torch {torch.__version__}, {name}\n")
+    side = max(2048, max(min(size) for size in sizes))
+    peak = _product_rate(side, compute, on, rounds)
+    rows, records = [], []
+    for size in sizes:
+        seconds = _measure(size, schedule, batch, compute, on, rounds)
+        segments = segments_of(schedule.steps, *size, compute, on.type)
+        useful = batch * flops(*size, len(schedule)) / statistics.median(seconds[CHOSEN])
+        ratios = {k: [a / b for a, b in zip(seconds[CHOSEN], seconds[k], strict=True)] for k in (DIRECT, PEER)}
+        form = "direct" if segments == single_steps(len(schedule)) else "Gram " + "+".join(map(str, segments))
+        rows.append(
+            (
+                f"{size[0]} × {size[1]}",
+                form,
+                *(f"{statistics.median(r):.2f}× ({min(r):.2f} … {max(r):.2f})" for r in ratios.values()),
+                f"{useful / 1e12:.3g}",
+                f"{useful / peak:.0%}",
+            )
+        )
+        records.append({"shape": list(size), "segments": list(segments), "seconds": seconds, "useful_flops_per_second": useful})
+    heads = ("matrix", "form", "over direct", "over torch.optim.Muon's", "TFLOP/s", "of a product's rate")
+    print(table(heads, rows, right=(2, 3, 4, 5)))
+    print(
+        "\nover: time over that of the direct form, and of torch.optim.Muon's iteration in the same dtype; median (least … most) of the\n"
+        f"rounds. TFLOP/s: useful operations, k(4m²n + 2m³), a second; a {side}³ product does {peak / 1e12:.3g}. More is possible\n"
+        "where operations are saved."
+    )
+    options = {"polynomial": polynomial, "steps": len(schedule), "batch": batch, "dtype": str(compute), "device": name, "rounds": rounds}
+    write_json(json_path, {"torch": torch.__version__, **options, "product_flops_per_second": peak, "shapes": records})
+    return 0
+
+
+def _shape(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
+        raise ValueError(f"{text!r} is not a shape: write rows and columns, as in 768x3072")
+    return int(parts[0]), int(parts[1])
+
+
+def _measure(
+    size: tuple[int, int], schedule: Schedule, batch: int, dtype: torch.dtype, device: torch.device, rounds: int
+) -> dict[str, Any]:
+    x = torch.randn(batch, *size, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
+
+    def ours() -> None:
+        orthogonalize_batch(x.clone(), schedule, compute_dtype=dtype)
+
+    def direct() -> None:
+        with mock.patch.object(newton_schulz, "segments_of", lambda steps, *rest: single_steps(len(steps))):
+            ours()
+
+    def peer() -> None:
+        for matrix in x:
+            torch_iteration(matrix, schedule.steps[0], len(schedule), 1e-7)
+
+    sides: dict[str, Callable[[], None]] = {DIRECT: direct, CHOSEN: ours, PEER: peer}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds + 1):
+        for name, side in sides.items():
+            seconds[name].append(_timed(side, device))
+    return {name: times[1:] for name, times in seconds.items()}
+
+
+def _product_rate(side: int, dtype: torch.dtype, device: torch.device, rounds: int) -> float:
+    """Operations a second of a side × side product: the best of the rounds."""
+    first, second = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out: Tensor = torch.empty_like(first)
+    best = min(_timed(lambda: torch.mm(first, second, out=out), device) for _ in range(rounds + 1))
+    return 2 * side**3 / best
+
+
+def _timed(work: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
