@@ -109,9 +109,9 @@ def test_wrong_arguments_end_with_one_clear_line(arguments: tuple[str, ...], wor
 def test_bench_ns_measures_both_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "ns.json"
     assert main(["bench", "ns", "--shapes", "40x200", "200x40", "48x48", "--rounds", "2", "--threads", "1", "--json", str(out)]) == 0
-    assert capsys.readouterr().out.count("Gram 3+2") == 2
+    assert capsys.readouterr().out.count("Gram 1+2+2") == 2
     written = json.loads(out.read_text())
-    assert [s["segments"] for s in written["shapes"]] == [[3, 2], [3, 2], [1] * 5]
+    assert [s["segments"] for s in written["shapes"]] == [[1, 2, 2], [1, 2, 2], [1] * 5]
     assert all(len(times) == 2 and min(times) > 0 for s in written["shapes"] for times in s["seconds"].values())
 
 

@@ -45,7 +45,7 @@ def test_gram_space_is_as_exact_as_the_direct_form(name: str, tall: bool, monkey
     x = x.mT.contiguous() if tall else x
     exact, exact_moments = direct(monkeypatch, x, schedule, torch.float64)
     single = direct(monkeypatch, x.float(), schedule, torch.float32)[0].double()
-    assert max(segments_of(schedule.steps, 48, 240, torch.float32, "cpu")) > 1 or name == "minimax 2"
+    assert max(segments_of(schedule.steps, 48, 240, torch.float32, "cpu")) > 1 or name in ("jordan 2", "jordan 3", "minimax 2", "minimax 3")
     for part in (slice(None), slice(1), 0):
         result, moments = orthogonalize(x[part], schedule=schedule, return_moments=True)
         assert (result - exact[part]).norm() < 1e-10 * exact[part].norm()
@@ -72,14 +72,14 @@ def test_gram_space_in_half_precision_is_as_exact_as_the_direct_form(
 
 
 def test_without_restarts_small_directions_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Why there are restarts: five Jordan steps on one Gram matrix err over ten times as much as single steps, in two segments twice."""
+    """Why there are restarts: five Jordan steps on one Gram matrix err over ten times as much as single steps, in three hardly."""
     steps = (JORDAN,) * 5
     assert how_much_worse(steps, torch.float32, (5,)) > 10 and (0, 5) not in possible_segments(steps, torch.float32)
-    assert how_much_worse(steps, torch.float32, (3, 2)) < WORSE[torch.float32] < how_much_worse(steps, torch.float32, (2, 3))
+    assert how_much_worse(steps, torch.float32, (1, 2, 2)) < WORSE < how_much_worse(steps, torch.float32, (2, 3))
     x = decades(48, 240, 4).float()
     exact = orthogonalize(x.double())
     errors = []
-    for segments in ((5,), (3, 2), (1, 1, 1, 1, 1)):
+    for segments in ((5,), (1, 2, 2), (1, 1, 1, 1, 1)):
         monkeypatch.setattr(newton_schulz, "segments_of", lambda *rest, segments=segments: segments)
         errors.append((orthogonalize(x).double() - exact).norm().item())
     assert errors[0] > 5 * errors[1] and errors[1] < 2 * errors[2]
@@ -98,7 +98,7 @@ def test_the_segments_are_the_cheapest_of_all_that_are_exact_enough(dtype: torch
     assert len(compositions) > 3
     for cost in (lambda n: 10 + n, lambda n: 3 + n * n, lambda n: 1.0 * n, lambda n: 2.0 * n * n):
         chosen = best_segments(steps, dtype, cost)
-        exact_enough = [c for c in compositions if how_much_worse(steps, dtype, c) <= WORSE[dtype]]
+        exact_enough = [c for c in compositions if how_much_worse(steps, dtype, c) <= WORSE]
         assert sum(map(cost, chosen)) == min(sum(map(cost, c)) for c in exact_enough)
         assert chosen in exact_enough
 
@@ -114,7 +114,7 @@ def test_the_chosen_form_never_takes_more_operations_than_the_direct_one(device:
             if rows == cols:
                 assert segments == single_steps(len(schedule)), "square matrices gain nothing"
     jordan = SCHEDULES["jordan 5"]
-    assert flops_of(768, 3072, jordan, torch.float32, "cpu") < 0.5 * flops(768, 3072, 5)
+    assert flops_of(768, 3072, jordan, torch.float32, "cpu") < 0.6 * flops(768, 3072, 5)
     assert flops_of(4096, 14336, jordan, torch.bfloat16, "cuda") < 0.85 * flops(4096, 14336, 5)
 
 

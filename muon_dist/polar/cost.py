@@ -47,7 +47,7 @@ def segment_flops(m: int, n: int, length: int, device_type: str) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def segments_of(steps: tuple[Coefficients, ...], rows: int, cols: int, compute_dtype: torch.dtype, device_type: str) -> tuple[int, ...]:
-    """How many steps are taken on each Gram matrix: (1, 1, …) is the direct form, (3, 2) restarts from X once. See `restarts`."""
+    """How many steps are taken on each Gram matrix: (1, 1, …) is the direct form, (1, 2, 2) starts from X three times. See `restarts`."""
     m, n = min(rows, cols), max(rows, cols)
     if m == 0:
         return single_steps(len(steps))
