@@ -17,16 +17,17 @@ from muon_dist.polar.restarts import LONGEST, WORSE, best_segments, how_much_wor
 SCHEDULES = {
     **{f"jordan {k}": schedule_for("jordan", k) for k in (2, 3, 5)},
     **{f"polar_express {k}": schedule_for("polar_express", k) for k in (5, 8)},
+    **{f"cans {k}": schedule_for("cans", k) for k in (5, 6)},
     "deepseek_v4": schedule_for("deepseek_v4", 10),
     **{f"minimax {k}": widest_schedule(k) for k in (2, 3, 4, 5, 6, 8, 12)},
     "minimax 1e-3": minimax_schedule(1e-3, 5),
 }
 
 
-def decades(rows: int, cols: int, tenth: float, seed: int = 0, batch: int = 1) -> torch.Tensor:
+def decades(rows: int, cols: int, tenth: float, seed: int = 0) -> torch.Tensor:
     """Matrices whose singular values fall from 1 to 10^−tenth."""
     generator = torch.Generator().manual_seed(seed)
-    u, _, vh = torch.linalg.svd(torch.randn(batch, rows, cols, dtype=torch.float64, generator=generator), full_matrices=False)
+    u, _, vh = torch.linalg.svd(torch.randn(1, rows, cols, dtype=torch.float64, generator=generator), full_matrices=False)
     return (u * torch.logspace(0, -tenth, min(rows, cols), dtype=torch.float64)) @ vh
 
 
@@ -48,8 +49,8 @@ def test_gram_space_is_as_exact_as_the_direct_form(name: str, tall: bool, monkey
     assert max(segments_of(schedule.steps, 48, 240, torch.float32, "cpu")) > 1 or name in ("jordan 2", "jordan 3", "minimax 2", "minimax 3")
     for part in (slice(None), slice(1), 0):
         result, moments = orthogonalize(x[part], schedule=schedule, return_moments=True)
-        assert (result - exact[part]).norm() < 1e-10 * exact[part].norm()
-        torch.testing.assert_close(moments, exact_moments[part], rtol=1e-6, atol=1e-9)
+        assert (result - exact[part]).norm() < (1e-12 if len(schedule) < 10 else 1e-11) * exact[part].norm()
+        torch.testing.assert_close(moments, exact_moments[part], rtol=1e-9, atol=1e-12)
         error = (orthogonalize(x[part].float(), schedule=schedule).double() - exact[part]).norm()
         assert error < 3 * (single[part] - exact[part]).norm() + 1e-6 * exact[part].norm()
 
@@ -83,6 +84,11 @@ def test_without_restarts_small_directions_are_lost(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(newton_schulz, "segments_of", lambda *rest, segments=segments: segments)
         errors.append((orthogonalize(x).double() - exact).norm().item())
     assert errors[0] > 5 * errors[1] and errors[1] < 2 * errors[2]
+
+
+def test_steps_that_would_amplify_rounding_don_t_share_a_gram_matrix() -> None:
+    steep = ((8.3, -23.6, 17.3), (4.1, -2.9, 0.5), JORDAN, JORDAN)
+    assert (0, 2) not in possible_segments(steep, torch.float32)  # after 8.3 rounding is 69 times what it was
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

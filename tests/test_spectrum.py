@@ -178,10 +178,10 @@ def test_flops_count_the_products_of_deflation() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
-        orthogonalize(torch.randn(64, 96), schedule=dataclasses.replace(widest_schedule(3), deflation=4))
-    uncounted = 2 * 64 * 96 * 4  # the counter doesn't know an in-place product
-    counted = counter.get_total_flops() + uncounted - flops(64, 96, 3, deflation=4)
-    assert 0 <= counted <= 0.01 * flops(64, 96, 3)  # the 4 × 4 inverse root, which flops() leaves out
+        orthogonalize(torch.randn(64, 128), schedule=dataclasses.replace(widest_schedule(3), deflation=4))
+    uncounted = 2 * 64 * 128 * 4  # the counter doesn't know an in-place product
+    counted = counter.get_total_flops() + uncounted - flops(64, 128, 3, deflation=4)
+    assert 0 <= counted <= 0.01 * flops(64, 128, 3)  # the 4 × 4 inverse root, which flops() leaves out
 
 
 # ------------------------------------------------------------------------------------------------------------------ moments

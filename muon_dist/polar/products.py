@@ -18,9 +18,8 @@ _ROWS, _MOST_BLOCKS = 128, 8
 @functools.cache
 def block_rows(size: int, device_type: str) -> tuple[tuple[int, int], ...]:
     """The half-open ranges of rows in which a size × size symmetric result is computed, each up to the diagonal; one range: all of it."""
-    count = min(size // _ROWS, _MOST_BLOCKS) if device_type == "cpu" else 1
-    edges = [round(size * k / max(count, 1)) for k in range(max(count, 1) + 1)]
-    return tuple(itertools.pairwise(edges))
+    count = max(1, min(size // _ROWS, _MOST_BLOCKS)) if device_type == "cpu" else 1
+    return tuple(itertools.pairwise(round(size * k / count) for k in range(count + 1)))
 
 
 @functools.cache

@@ -37,7 +37,7 @@ def single_steps(count: int) -> tuple[int, ...]:
 def possible_segments(steps: tuple[Coefficients, ...], dtype: torch.dtype) -> dict[tuple[int, int], float]:
     """(first step, length) of every segment that may be taken in `dtype` -> how much worse its result is than that of single steps.
 
-    Each is tried alone, with products rounded to `dtype`, on matrices with the spectra of `_spectra`. Single steps are not listed.
+    Each is tried alone, with products rounded to `dtype`, on `_trial_matrices`. Single steps are not listed.
     """
     found: dict[tuple[int, int], float] = {}
     for length in range(2, LONGEST + 1):
