@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from .adaptation import blank_rows
 from .agreement import agree_on_gradients
@@ -400,6 +401,7 @@ class MuonDist(torch.optim.Optimizer):
             domain.adaptation.end_step()
         return loss
 
+    @record_function("muon_dist::adapt")
     def _adapt(self) -> None:
         """Let measured spectra take effect, and choose owners anew where step counts have moved the balance."""
         for k, domain in enumerate(self._domains):
@@ -422,6 +424,7 @@ class MuonDist(torch.optim.Optimizer):
         for domain in self._domains:
             domain.adaptation.collect()
 
+    @record_function("muon_dist::agree")
     def _agree_on_gradients(self, grads: dict[BoundParameter, Tensor | None]) -> dict[BoundParameter, Tensor]:
         go, bad = agree_on_gradients(self._domains, grads, self._flag_group)
         if self._nonfinite == "raise" and bad.item():
@@ -433,6 +436,7 @@ class MuonDist(torch.optim.Optimizer):
         self._skipped = bad.to(torch.int64) if self._skipped is None else self._skipped + bad
         return go
 
+    @record_function("muon_dist::momentum")
     def _momentum(
         self,
         domain: Domain,
@@ -482,12 +486,14 @@ class MuonDist(torch.optim.Optimizer):
         measured = [k for k, i in enumerate(indices) if i in adaptation.measuring]
         moments = batch.new_empty(len(indices), moment_count(len(schedule)), dtype=torch.float64) if measured else None
         compute = first.compute_dtype_for(schedule)
-        result = orthogonalize_batch(batch, schedule, compute_dtype=compute, eps=first.group["eps"], keep=keep, moments=moments)
+        with record_function(f"muon_dist::newton_schulz {'x'.join(map(str, batch.shape))}"):
+            result = orthogonalize_batch(batch, schedule, compute_dtype=compute, eps=first.group["eps"], keep=keep, moments=moments)
         for k in measured:
             assert moments is not None
             adaptation.record(indices[k], moments[k])
         return result
 
+    @record_function("muon_dist::apply")
     def _apply(self, domain: Domain, updates: list[tuple[Leg, Tensor]]) -> None:
         """p −= lr · scale · update on the pieces that arrived; matrices of steps that don't happen arrive as zeros."""
         by_factor: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
@@ -503,6 +509,7 @@ class MuonDist(torch.optim.Optimizer):
         for factor, (targets, sources) in by_factor.items():
             torch._foreach_add_(targets, sources, alpha=factor)
 
+    @record_function("muon_dist::adamw")
     def _adamw(self, grads: dict[BoundParameter, Tensor | None], go: dict[BoundParameter, Tensor]) -> None:
         for domain in self._domains:
             together: dict[tuple[int, int], list[BoundParameter]] = {}

@@ -1,7 +1,8 @@
-"""`muon-dist bench step`: the time of an optimizer step, MuonDist beside a peer, in pairs within one run.
+"""`muon-dist bench step` and `bench dion`: the time of an optimizer step, MuonDist beside a peer, in pairs within one run.
 
-One rank: plain parameters, against torch.optim.Muon. Several: FSDP2-style row shards, against a Muon that gathers every matrix
-on every rank. Both sides do five Jordan steps in fp32 on the same matrices with the same gradients.
+One rank: plain parameters, against torch.optim.Muon. Several: row shards as FSDP2 makes them, against a Muon that gathers every
+matrix on every rank, or against dion's. All do five Jordan steps on the same matrices with the same gradients, whose singular values
+follow the shipped scaling laws; MuonDist is timed with adaptive steps as well, after every matrix has been measured.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.multiprocessing.spawn import spawn
@@ -24,85 +27,185 @@ from ..cli.models import model_parameters
 from ..cli.table import table, write_json
 from ..optimizer import MuonDist
 from ..polar.matrix_view import matrices_of
-from .peers import NaiveShardedMuon, TorchMuon
+from ..spectrum.controller import LAG
+from ..spectrum.scaling_law import ScalingLaws, layer_kind, relative_depths, shipped_laws
+from .peers import DionMuon, NaiveShardedMuon, TorchMuon
+from .trace import summary, traced
 
-# GPT-2 small, so that the benchmark runs from any directory: (768, 3072) and (3072, 768) MLPs, q, k, v and the output
-GPT2_SMALL_LAYER = ((768, 768),) * 4 + ((3072, 768), (768, 3072))
+# GPT-2 small, so that the benchmark runs from any directory
+GPT2_SMALL_LAYER = {**dict.fromkeys(("attn.q", "attn.k", "attn.v", "attn.o"), (768, 768)), "mlp.up": (3072, 768), "mlp.down": (768, 3072)}
+FIVE, ADAPTIVE = "five steps", "adaptive"
+MEASURE_EVERY = 50  # as by default, while steps are timed
+
+Shapes = list[tuple[str, tuple[int, int]]]  # a name, which tells the kind of layer and its depth, and rows × cols
 
 
-def run(model: str | None, *, layers: int | None, ranks: list[int], pairs: int, threads: int | None, json_path: str | None) -> int:
+def run(
+    model: str | None,
+    *,
+    layers: int | None,
+    ranks: list[int],
+    pairs: int,
+    threads: int | None,
+    dtype: str,
+    trace: str | None,
+    json_path: str | None,
+    dion: bool = False,
+) -> int:
     if pairs < 1 or min(ranks) < 1 or (threads is not None and threads < 1) or (layers is not None and layers < 1):
         raise ValueError(f"--pairs, --ranks, --threads and --layers must be at least 1, got {pairs}, {ranks}, {threads} and {layers}")
-    if model is None:
-        model, shapes = "GPT-2 small", list(GPT2_SMALL_LAYER * (layers or 12))
-    else:
-        shapes = [
-            m.shape
-            for p in model_parameters(model)
-            if p.route.view is not None and (layers is None or _layer(p.name) < layers)
-            for m in matrices_of(p.shape, p.route.view, p.name)
-        ]
+    if dion:
+        DionMuon.check()
+        if min(ranks) < 2:
+            raise ValueError("dion is measured on sharded parameters: give --ranks of 2 or more")
+    shapes = _gpt2_small(layers or 12) if model is None else _shapes_of(model, layers)
+    model = model or "GPT-2 small"
     if not shapes:
         raise ValueError(f"{model} has no matrices for Muon in its first {layers} layers")
     cores = os.cpu_count() or 1
-    print(f"{model}: {len(shapes)} matrices, {sum(m * n for m, n in shapes) / 1e6:.1f} M elements; {pairs} pairs after one warm-up")
-    print(f"torch {torch.__version__}, {platform.machine()}, {cores} cores; fp32 on both sides, five Jordan steps", flush=True)
-    rows, records = [], []
+    print(f"{model}: {len(shapes)} matrices, {sum(m * n for _, (m, n) in shapes) / 1e6:.1f} M elements; {pairs} pairs after one warm-up")
+    print(f"torch {torch.__version__}, {platform.machine()}, {cores} cores; {dtype} on both sides, five Jordan steps", flush=True)
+    rows, records, traces = [], [], []
     for n in ranks:
         per_rank = threads or max(1, cores // n)
+        peer = "dion" if dion else "torch" if n == 1 else "naive"
         with tempfile.TemporaryDirectory() as folder:
-            spawn(_measure, args=(n, folder, shapes, pairs, per_rank), nprocs=n)
-            record: dict[str, Any] = torch.load(os.path.join(folder, "times"))
-        ratios = [a / b for a, b in record["seconds"]]
-        ours, theirs = (statistics.median(times) for times in zip(*record["seconds"], strict=True))
-        record.update(ranks=n, threads=per_rank, ratio=statistics.median(ratios), median_seconds=[ours, theirs])
+            spawn(_measure, args=(n, folder, shapes, pairs, per_rank, peer, dtype, trace is not None), nprocs=n)
+            record: dict[str, Any] = torch.load(os.path.join(folder, "record"))
+            if trace is not None:
+                traces.append(summary(folder, n, f"{trace.removesuffix('.json')}-{n}.json"))
+        record.update(ranks=n, threads=per_rank, ratio={}, median_seconds={k: statistics.median(v) for k, v in record["seconds"].items()})
+        for name in (FIVE, ADAPTIVE):
+            ratios = [a / b for a, b in zip(record["seconds"][name], record["seconds"]["peer"], strict=True)]
+            record["ratio"][name] = statistics.median(ratios)
+            steps = f" ({record['steps']:.1f})" if name == ADAPTIVE else ""
+            rows.append(
+                (
+                    n,
+                    name + steps,
+                    record["peer"],
+                    *(f"{record['median_seconds'][k] * 1e3:.0f} ms" for k in (name, "peer")),
+                    f"{record['ratio'][name]:.2f}×",
+                    f"{min(ratios):.2f} … {max(ratios):.2f}",
+                    f"{record['imbalance'][name]:.2f}",
+                )
+            )
         records.append(record)
-        spread = f"{min(ratios):.2f} … {max(ratios):.2f}"
-        rows.append((n, record["peer"], f"{ours * 1e3:.0f} ms", f"{theirs * 1e3:.0f} ms", f"{record['ratio']:.2f}×", spread))
         print(f"  {n} rank{'s' if n > 1 else ''} done", flush=True)
     print()
-    print(table(("ranks", "peer", "MuonDist", "peer's step", "ratio", "least … most"), rows, right=(0, 2, 3, 4, 5)))
-    print("\nratio: MuonDist's time over the peer's, median of the pairs; below 1 MuonDist is faster.")
-    machine = {"torch": torch.__version__, "machine": platform.machine(), "cores": cores}
-    write_json(
-        json_path, {**machine, "model": model, "layers": layers, "shapes": [list(s) for s in shapes], "pairs": pairs, "runs": records}
+    heads = ("ranks", "MuonDist", "peer", "MuonDist's step", "peer's step", "ratio", "least … most", "imbalance")
+    print(table(heads, rows, right=(0, 3, 4, 5, 6, 7)))
+    print(
+        "\nratio: MuonDist's time over the peer's, median of the pairs; below 1 MuonDist is faster. adaptive: with its mean number of\n"
+        "steps. imbalance: the busiest owner's FLOPs over what is possible, the mean of the ranks or the largest matrix."
     )
+    for text in traces:
+        print(text)
+    machine = {"torch": torch.__version__, "machine": platform.machine(), "cores": cores}
+    listed = [list(shape) for _, shape in shapes]
+    write_json(json_path, {**machine, "model": model, "layers": layers, "shapes": listed, "dtype": dtype, "pairs": pairs, "runs": records})
     return 0
+
+
+def _gpt2_small(layers: int) -> Shapes:
+    return [(f"blocks.{k}.{kind}.weight", shape) for k in range(layers) for kind, shape in GPT2_SMALL_LAYER.items()]
+
+
+def _shapes_of(model: str, layers: int | None) -> Shapes:
+    result: Shapes = []
+    for p in model_parameters(model):
+        if p.route.view is not None and (layers is None or _layer(p.name) < layers):
+            matrices = matrices_of(p.shape, p.route.view, p.name)
+            for k, m in enumerate(matrices):
+                kind = layer_kind(p.name, k, len(matrices))
+                result.append((p.name if len(matrices) == 1 else f"{p.name}.{k}.{kind}_proj.weight", m.shape))
+    return result
 
 
 def _layer(name: str) -> int:
     return next((int(part) for part in name.split(".") if part.isdigit()), 0)
 
 
-def _measure(rank: int, world: int, folder: str, shapes: list[tuple[int, int]], pairs: int, threads: int) -> None:
+def gradients(shapes: Shapes) -> list[Tensor]:
+    """Gradients with the singular values that the shipped scaling laws predict, and random singular vectors; the same on all ranks."""
+    laws, generator = shipped_laws(), torch.Generator().manual_seed(1)
+    result = []
+    for (name, (m, n)), depth in zip(shapes, relative_depths([name for name, _ in shapes]), strict=True):
+        rank = min(m, n)
+        left, right = (torch.linalg.qr(torch.randn(size, rank, generator=generator))[0] for size in (m, n))
+        result.append((left * singular_values(laws, layer_kind(name), depth, rank)) @ right.mT)
+    return result
+
+
+def singular_values(laws: ScalingLaws, kind: str | None, depth: float, rank: int) -> Tensor:
+    """(rank,), descending: between the quantiles that are known, and beyond the outer ones, ln σ is linear in the share of directions."""
+    quantiles = sorted((q, sigma) for q, (sigma, _) in laws.quantiles(kind, depth, rank).items())
+    at, logs = np.array([q for q, _ in quantiles]), np.log([sigma for _, sigma in quantiles])
+    share = (np.arange(rank) + 0.5) / rank
+    value = np.interp(share, at, logs)
+    value = np.where(share < at[0], logs[0] + (share - at[0]) * (logs[1] - logs[0]) / (at[1] - at[0]), value)
+    value = np.where(share > at[-1], logs[-1] + (share - at[-1]) * (logs[-1] - logs[-2]) / (at[-1] - at[-2]), value)
+    return torch.from_numpy(np.exp(value)).to(torch.float32)
+
+
+def _measure(rank: int, world: int, folder: str, shapes: Shapes, pairs: int, threads: int, peer_name: str, dtype: str, trace: bool) -> None:
     torch.set_num_threads(threads)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     mesh = init_device_mesh("cpu", (world,))
     torch.manual_seed(0)
+    values, grads = [torch.randn(shape) for _, shape in shapes], gradients(shapes)
 
-    def parameters() -> list[nn.Parameter]:
+    def parameters() -> list[tuple[str, nn.Parameter]]:
         result = []
-        for shape in shapes:
-            value, gradient = torch.randn(shape), torch.randn(shape)
+        for (name, _), value, gradient in zip(shapes, values, grads, strict=True):
             if world > 1:
                 value, gradient = (distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None) for t in (value, gradient))
-            p = nn.Parameter(value)
+            p = nn.Parameter(value.clone())
             p.grad = gradient
-            result.append(p)
+            result.append((name, p))
         return result
 
-    mine = MuonDist([{"params": parameters(), "algorithm": "muon"}], lr=1e-3, ns_steps=5)
-    peer = (TorchMuon if world == 1 else NaiveShardedMuon)(parameters())
-    seconds = []
+    def ours(**more: Any) -> MuonDist:
+        return MuonDist([{"params": parameters(), "algorithm": "muon"}], lr=1e-3, compute_dtype=dtype, wire_dtype=dtype, **more)
+
+    five, adaptive = ours(ns_steps=5), ours(ns_steps="adaptive", burn_in=2, measure_every=6)
+    tensors = [p for _, p in parameters()]
+    half = dtype == "bf16"
+    peer: TorchMuon | NaiveShardedMuon | DionMuon
+    if peer_name == "dion":
+        peer = DionMuon(tensors, mesh, half=half)
+    else:
+        peer = (TorchMuon if peer_name == "torch" else NaiveShardedMuon)(tensors, half=half)
+    for _ in range(2 + 6 + LAG + 1):
+        adaptive.step()
+    for group in adaptive.param_groups:
+        group["measure_every"] = MEASURE_EVERY
+    sides: dict[str, Callable[[], Any]] = {FIVE: five.step, ADAPTIVE: adaptive.step, "peer": peer.step}
+    seconds = _times(sides, pairs)
+    if trace:
+        traced(five.step, folder, rank)
+    if rank == 0:
+        imbalance = {name: _imbalance(optimizer) for name, optimizer in ((FIVE, five), (ADAPTIVE, adaptive))}
+        steps = statistics.mean(len(schedule) for _, schedule in adaptive.schedules.values())
+        torch.save({"peer": peer.name, "seconds": seconds, "imbalance": imbalance, "steps": steps}, os.path.join(folder, "record"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _times(sides: dict[str, Callable[[], Any]], pairs: int) -> dict[str, list[float]]:
+    """Seconds of every side's steps, in turns, from when all ranks begin until all have ended; the first of each is a warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(pairs + 1):
-        pair = []
-        for optimizer in (mine, peer):
+        for name, step in sides.items():
             dist.barrier()
             started = time.perf_counter()
-            optimizer.step()
+            step()
             dist.barrier()
-            pair.append(time.perf_counter() - started)
-        seconds.append(tuple(pair))
-    if rank == 0:
-        torch.save({"peer": peer.name, "seconds": seconds[1:]}, os.path.join(folder, "times"))
-    dist.destroy_process_group()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: times[1:] for name, times in seconds.items()}
+
+
+def _imbalance(optimizer: MuonDist) -> float:
+    """The largest of the domains': FLOPs of the busiest owner over max(mean, largest matrix)."""
+    plans: Sequence[Any] = [domain.plan for domain in optimizer._domains]
+    return max(plan.imbalance() / plan.imbalance_lower_bound() for plan in plans)

@@ -67,10 +67,15 @@ def parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="paired measurements against peers")
     benches = bench.add_subparsers(dest="bench", required=True)
     step = benches.add_parser("step", help="the optimizer step against torch.optim.Muon and a naive sharded Muon")
-    step.add_argument("--model", help="a config whose matrices are timed (default: GPT-2 small's)")
-    step.add_argument("--layers", type=int, default=2, help="only its first N layers (default 2)")
-    step.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    step.add_argument("--pairs", type=int, default=7, help="paired repetitions (default 7)")
+    dion = benches.add_parser("dion", help="the optimizer step against dion's Muon, sharded as by FSDP2")
+    for command, ranks in ((step, [1, 2, 4]), (dion, [2, 4])):
+        command.add_argument("--model", help="a config whose matrices are timed (default: GPT-2 small's)")
+        command.add_argument("--layers", type=int, default=2, help="only its first N layers (default 2)")
+        command.add_argument("--ranks", type=int, nargs="+", default=ranks)
+        command.add_argument("--pairs", type=int, default=7, help="paired repetitions (default 7)")
+        command.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the products and on the wire (default fp32)")
+        command.add_argument("--threads", type=int, default=None, help="torch threads per rank (default: cores / ranks, at least 1)")
+        command.add_argument("--trace", metavar="FILE", help="also write a timeline of a step per number of ranks, FILE-N.json")
 
     ns = benches.add_parser("ns", help="Newton–Schulz per shape: the chosen form beside the direct one and torch.optim.Muon's iteration")
     ns.add_argument(
@@ -133,10 +138,9 @@ def parser() -> argparse.ArgumentParser:
     megatron.add_argument("--rounds", type=int, default=7, help="steps of every optimizer that are timed (default 7)")
     megatron.add_argument("--warmup", type=int, default=3, help="steps before (default 3)")
 
-    step.add_argument("--threads", type=int, default=None, help="torch threads per rank (default: cores / ranks, at least 1)")
     for command in (ns, adaptive, accuracy, training, ladder, memory, overhead):
         command.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="torch threads")
-    for command in (step, ns, adaptive, accuracy, training, memory, overhead, deepspeed, megatron):
+    for command in (step, dion, ns, adaptive, accuracy, training, memory, overhead, deepspeed, megatron):
         command.add_argument("--json", metavar="FILE", help="also write every figure")
     return root
 
@@ -197,10 +201,10 @@ def _bench(arguments: argparse.Namespace) -> int:
     options = {key: value for key, value in vars(arguments).items() if key not in ("command", "bench", "json", "data", "coverage", "model")}
     if "json" in arguments:
         options["json_path"] = arguments.json
-    if arguments.bench == "step":
+    if arguments.bench in ("step", "dion"):
         from ..bench import step
 
-        return step.run(arguments.model, **options)
+        return step.run(arguments.model, dion=arguments.bench == "dion", **options)
     if arguments.bench == "ns":
         from ..bench import ns
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from .layout import Box, Fragment, box_numel, box_shape
 from .plan import Plan
@@ -191,11 +192,13 @@ class Exchange:
         self._group = group
         self._device = device
 
+    @record_function("muon_dist::start_gather")
     def start_gather(self, bucket: int, local: Callable[[int], Tensor]) -> Traffic:
         """Send this rank's pieces to their owners. `local(parameter)` is the tensor in which this rank stores its fragment."""
         route = self.routes[bucket]
         return self._start(route, route.gather_out, route.gather_in, lambda leg: _viewed(leg, local), route.gathers)
 
+    @record_function("muon_dist::finish_gather")
     def finish_gather(self, bucket: int, traffic: Traffic, local: Callable[[int], Tensor]) -> list[Tensor]:
         """The matrices this rank owns, (B, m, n) per batch, in the wire dtype also where nothing travelled."""
         route = self.routes[bucket]
@@ -205,6 +208,7 @@ class Exchange:
         copy(slots, [part for _, part in arrived] + [_viewed(leg, local) for leg in route.stay])
         return batches
 
+    @record_function("muon_dist::start_scatter")
     def start_scatter(self, bucket: int, batches: Sequence[Tensor]) -> Traffic:
         """Send the updates of the matrices this rank owns to all that hold a piece."""
         route = self.routes[bucket]
