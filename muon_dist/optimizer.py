@@ -86,8 +86,9 @@ class MuonDist(torch.optim.Optimizer):
         process_group: the ranks that step together: plain tensors are replicas over them, and one bad gradient skips the step on
             all of them. None: all ranks.
         layouts: name -> `ShardLayout` for fragments whose place their tensors don't tell.
-        bucket_mb: MiB on the wire that an owner gathers in one bucket, a single larger matrix excepted. Updates of plain replicas
-            go to every rank, so those receive as much from each owner.
+        bucket_mb: MiB on the wire that an owner gathers in one bucket, at most; a single larger matrix excepted. Less is gathered at a
+            time where that hides more of the travelling. Updates of plain replicas go to every rank, so those receive as much from
+            each owner.
         eps: smallest Frobenius norm that a matrix is divided by; guards only against zero.
         telemetry_dir: where what is measured goes, as lines of JSON (`muon-dist spectrum DIR` shows them); needs adaptive steps.
         telemetry_sinks: besides, "tensorboard" and "wandb".

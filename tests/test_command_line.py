@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from muon_dist import MuonDist
+from muon_dist.bench.trace import summary
 from muon_dist.cli.main import main
 from muon_dist.cli.run_log import read_log
 
@@ -99,6 +101,7 @@ def test_plan_writes_what_it_prints(tmp_path: Path, config: str) -> None:
         (("bench", "step", "--pairs", "0"), "at least 1"),
         (("bench", "ns", "--shapes", "768by768"), "768x3072"),
         (("bench", "ns", "--dtype", "int8"), "not a dtype"),
+        (("bench", "dion", "--ranks", "1"), "2 or more" if find_spec("dion") else "needs dion"),
     ],
 )
 def test_wrong_arguments_end_with_one_clear_line(arguments: tuple[str, ...], words: str) -> None:
@@ -115,15 +118,31 @@ def test_bench_ns_measures_both_forms(tmp_path: Path, capsys: pytest.CaptureFixt
     assert all(len(times) == 2 and min(times) > 0 for s in written["shapes"] for times in s["seconds"].values())
 
 
-def test_bench_step_measures_pairs_and_writes_them(tmp_path: Path) -> None:
-    out = tmp_path / "bench.json"
-    result = command(
-        "bench", "step", "--model", "configs/models/gpt-5m.json", "--layers", "1", "--ranks", "1", "2", "--pairs", "2", "--json", str(out)
-    )
+def test_bench_step_measures_pairs_and_draws_a_timeline(tmp_path: Path) -> None:
+    out, trace = tmp_path / "bench.json", tmp_path / "trace.json"
+    small = ("--model", "configs/models/gpt-5m.json", "--layers", "1", "--pairs", "2")
+    result = command("bench", "step", *small, "--ranks", "1", "2", "--trace", str(trace), "--json", str(out))
     assert result.returncode == 0, result.stderr
     runs = json.loads(out.read_text())["runs"]
-    assert [(r["ranks"], len(r["seconds"])) for r in runs] == [(1, 2), (2, 2)]
-    assert all(f"{r['ratio']:.2f}×" in result.stdout for r in runs)
+    assert [(r["ranks"], len(r["seconds"]["five steps"])) for r in runs] == [(1, 2), (2, 2)]
+    assert all(f"{ratio:.2f}×" in result.stdout for r in runs for ratio in r["ratio"].values())
+    assert all(r["imbalance"]["five steps"] >= 1 and r["steps"] >= 2 for r in runs)
+    for n in (1, 2):
+        events = json.loads((tmp_path / f"trace-{n}.json").read_text())["traceEvents"]
+        assert {e["pid"] for e in events} == set(range(n)) and f"one step on {n} ranks" in result.stdout
+        for rank in range(n):
+            names = [e["name"].partition(" ")[0] for e in events if e["pid"] == rank]
+            assert {"muon_dist::momentum", "muon_dist::start_gather", "muon_dist::newton_schulz", "muon_dist::apply"} <= set(names)
+            assert names.count("gloo:all_to_all") == 2 * (n - 1)
+
+
+def test_a_timeline_counts_what_is_travelling_beside_newton_schulz(tmp_path: Path) -> None:
+    spans = [("gloo:all_to_all", 0, 10), ("gloo:all_to_all", 30, 20), ("muon_dist::newton_schulz 1x2x2", 5, 15), ("aten::mm", 6, 3)]
+    spans += [("muon_dist::newton_schulz 1x2x2", 20, 20), ("muon_dist::apply", 60, 5)]  # beside: 5 of the first 10, 10 of the other 20
+    events = [{"ph": "X", "name": name, "ts": at, "dur": lasts, "pid": 77, "cat": "cpu_op"} for name, at, lasts in spans]
+    (tmp_path / "trace-0.json").write_text(json.dumps({"traceEvents": events}))
+    assert "Newton–Schulz 0.0 ms, travelling 0.0 ms, 50% of it beside" in summary(str(tmp_path), 1, str(tmp_path / "out.json"))
+    assert "aten::mm" not in (tmp_path / "out.json").read_text()
 
 
 def quickstart(*arguments: str) -> subprocess.CompletedProcess:

@@ -153,6 +153,17 @@ def test_among_equals_the_rank_that_holds_most_of_a_matrix_owns_it() -> None:
     assert task(0, (8, 8)).flops < 2 * FLOPS_PER_BYTE * 8 * 8 * 4 and set(crowded.owners) == {1}
 
 
+@pytest.mark.parametrize("bucket_bytes", [2**30, 3 * 2**20])
+def test_buckets_are_as_large_as_hides_most_of_the_travelling(bucket_bytes: int) -> None:
+    shapes = [(512, 512)] * 64  # 1 MiB each: 32 MiB per owner, twice that travels; a pair of all-to-alls costs as much as 4 MiB
+    work = [task(k, s) for k, s in enumerate(shapes)]
+    plan = make_plan([rows(*s, 2) for s in shapes], work, n_ranks=2, bucket_bytes=bucket_bytes)
+    waiting = {k: 2 * 32 / k + 4 * k for k in range(1, 33)}
+    assert len(plan.buckets) == (min(waiting, key=waiting.get) if bucket_bytes == 2**30 else 11)
+    alone = make_plan([rows(*s, 1) for s in shapes], work, n_ranks=1, bucket_bytes=bucket_bytes)  # nothing travels
+    assert len(alone.buckets) == -(-64 * 2**20 // bucket_bytes)
+
+
 def test_buckets_hold_what_one_owner_may_receive_and_a_larger_matrix_is_its_own() -> None:
     shapes = [(32, 32)] * 8 + [(8, 8)] * 8
     plan = make_plan([rows(*s, 2) for s in shapes], [task(k, s) for k, s in enumerate(shapes)], n_ranks=2, bucket_bytes=1024)
