@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from .adaptation import Adaptation, attach_controllers
 from .groups import POLICY_KEYS, fixed_schedule
-from .polar.cost import flops_of, workspace_bytes
+from .polar.cost import flops_of, form_name, segments_of, workspace_bytes
 from .polar.matrix_view import Matrix, matrices_of
 from .polar.newton_schulz import default_compute_dtype, dtype_named
 from .polar.polynomials import Schedule
@@ -314,6 +314,7 @@ def matrix_tasks(
             wire={torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}[wire_dtype],
             wire_itemsize=wire_dtype.itemsize,
             batch_key=batch_key,
+            form=f"{len(schedule)} steps, {form_name(segments_of(schedule.steps, *matrix.shape, compute_dtype, device_type))}",
         )
         for k, (matrix, schedule) in enumerate(zip(matrices, schedules, strict=True))
     ]

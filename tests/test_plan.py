@@ -153,6 +153,14 @@ def test_among_equals_the_rank_that_holds_most_of_a_matrix_owns_it() -> None:
     assert task(0, (8, 8)).flops < 2 * FLOPS_PER_BYTE * 8 * 8 * 4 and set(crowded.owners) == {1}
 
 
+def test_owners_swap_matrices_where_no_single_move_helps() -> None:
+    sizes = [3, 3, 2, 2, 2]  # costliest first, each to the rank that is done first: 3+2+2 and 3+2; no single move helps
+    shapes = [(64, 64)] * len(sizes)
+    tasks = [MatrixTask(**{**vars(task(k, s)), "flops": size * 10**12}) for k, (s, size) in enumerate(zip(shapes, sizes, strict=True))]
+    plan = make_plan([rows(*s, 2) for s in shapes], tasks, n_ranks=2, bucket_bytes=2**20)
+    assert plan.imbalance() == 1.0
+
+
 @pytest.mark.parametrize("bucket_bytes", [2**30, 3 * 2**20])
 def test_buckets_are_as_large_as_hides_most_of_the_travelling(bucket_bytes: int) -> None:
     shapes = [(512, 512)] * 64  # 1 MiB each: 32 MiB per owner, twice that travels; a pair of all-to-alls costs as much as 4 MiB

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..cli.table import table, write_json
 from ..polar import newton_schulz
-from ..polar.cost import flops, segments_of
+from ..polar.cost import flops, form_name, segments_of
 from ..polar.newton_schulz import default_compute_dtype, dtype_named, orthogonalize_batch
 from ..polar.polynomials import JORDAN, Schedule, schedule_for
 from ..polar.restarts import single_steps
@@ -59,11 +59,10 @@ def run(
         segments = segments_of(schedule.steps, *size, compute, on.type)
         useful = batch * flops(*size, len(schedule)) / statistics.median(seconds[CHOSEN])
         ratios = {k: [a / b for a, b in zip(seconds[CHOSEN], seconds[k], strict=True)] for k in (DIRECT, PEER)}
-        form = "direct" if segments == single_steps(len(schedule)) else "Gram " + "+".join(map(str, segments))
         rows.append(
             (
                 f"{size[0]} × {size[1]}",
-                form,
+                form_name(segments),
                 *(f"{statistics.median(r):.2f}× ({min(r):.2f} … {max(r):.2f})" for r in ratios.values()),
                 f"{useful / 1e12:.3g}",
                 f"{useful / peak:.0%}",

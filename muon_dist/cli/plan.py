@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -189,6 +190,7 @@ def run(
         "buckets": len(plan.buckets),
         "imbalance": plan.imbalance(),
         "imbalance_lower_bound": plan.imbalance_lower_bound(),
+        "forms": forms(plan),
         "matrices": [
             {"name": t.name, "shape": list(t.shape), "owner": o, "flops": t.flops} for t, o in zip(plan.matrices, plan.owners, strict=True)
         ],
@@ -233,6 +235,9 @@ def report(plan: Plan, state: Sequence[int], adamw: Sequence[int], *, bucket_mb:
         ("peak of temporary memory", *spread([load.peak_bytes for load in loads], "B")),
     ]
     print(table(("per rank and step", "least", "mean", "most"), rows, right=(1, 2, 3)))
+    listed = [("{} × {}".format(*f["shape"]), f["matrices"], f["form"], si(f["flops"], "FLOP")) for f in forms(plan)]
+    print()
+    print(table(("matrix", "count", "Newton–Schulz", "each"), listed, right=(1, 3)))
     print(f"\nimbalance {plan.imbalance():.3f} (busiest over mean); the largest matrix allows {plan.imbalance_lower_bound():.3f} at best")
     total, busiest = sum(load.flops for load in loads), max(load.flops for load in loads) * plan.n_ranks
     print(
@@ -240,6 +245,14 @@ def report(plan: Plan, state: Sequence[int], adamw: Sequence[int], *, bucket_mb:
         f"{busiest / model_flops:.2%} as seen by the busiest owner"
     )
     print("Wire in bf16, state in fp32 without masters. Everything here is computed from shapes; nothing was measured.")
+
+
+def forms(plan: Plan) -> list[dict[str, Any]]:
+    """Per shape and form of Newton–Schulz: how many matrices, and what one costs."""
+    count = Counter((task.shape, task.form, task.flops) for task in plan.matrices)
+    return [
+        {"shape": list(shape), "form": form, "flops": each, "matrices": count[shape, form, each]} for shape, form, each in sorted(count)
+    ]
 
 
 def report_laws(plan: Plan, predicted: list[dict[str, Any]], coverage: float) -> None:

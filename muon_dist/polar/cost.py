@@ -60,6 +60,11 @@ def segments_of(steps: tuple[Coefficients, ...], rows: int, cols: int, compute_d
     return best_segments(steps, compute_dtype, cost)
 
 
+def form_name(segments: tuple[int, ...]) -> str:
+    """ "direct", or such as "Gram 1+2+2", for people."""
+    return "direct" if segments == single_steps(len(segments)) else "Gram " + "+".join(map(str, segments))
+
+
 def workspace_bytes(rows: int, cols: int, *, itemsize: int, in_place: bool, deflation: int = 0) -> int:
     """Bytes that `orthogonalize_batch` needs for a rows × cols matrix beside its input: a second copy to work in turns, the
     Gram matrix and its polynomial, two more of that size in Gram space; and where the input is in another dtype than `itemsize` says,

@@ -36,6 +36,7 @@ class MatrixTask:
         box: the matrix's place in the parameter.
         shape: (m, n) as stored; matrices of one shape and `batch_key` are orthogonalised together.
         flops: of its orthogonalisation.
+        form: how it is orthogonalised, in words; for reports.
         workspace: bytes that its orthogonalisation needs beside input and output.
         wire: the dtype's name on the wire; a bucket carries one.
         wire_itemsize: its bytes per element.
@@ -50,6 +51,7 @@ class MatrixTask:
     wire: str
     wire_itemsize: int
     batch_key: Hashable = None
+    form: str = ""
 
     @property
     def numel(self) -> int:
@@ -80,6 +82,26 @@ class RankLoad:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BucketLoads:
+    """What every bucket asks of every rank, as arrays of (buckets, ranks).
+
+    Attributes:
+        flops: of the matrices that a rank owns.
+        gather, scatter: (buckets, 2, ranks): bytes sent, bytes received.
+        owned: bytes of the matrices that a rank owns, as they travel.
+        workspace: bytes that its largest batch needs beside.
+        pieces: that it sends, receives or keeps at home, counted where each is read and where it is written.
+    """
+
+    flops: np.ndarray
+    gather: np.ndarray
+    scatter: np.ndarray
+    owned: np.ndarray
+    workspace: np.ndarray
+    pieces: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Owners, pieces and buckets. `buckets` holds positions in `matrices`; every rank joins every bucket, in order."""
 
@@ -103,28 +125,21 @@ class Plan:
         """Whether any update travels back in this bucket."""
         return any(h != self.owners[i] for i in self.buckets[bucket] for p in self.pieces[i] for h in p.holders)
 
-    def loads(self) -> list[RankLoad]:
-        """The cost of one step on every rank.
-
-        The peak counts, in the worst bucket, the wire buffers of its gather and scatter, those of the next gather and
-        the last scatter (which travel meanwhile), the matrices that are orthogonalised with their results, and the
-        workspace of the largest batch.
-        """
-        n = self.n_ranks
-        flops = np.zeros(n, np.int64)
-        gather, scatter = np.zeros((len(self.buckets), 2, n), np.int64), np.zeros((len(self.buckets), 2, n), np.int64)
+    def bucket_loads(self) -> BucketLoads:
+        """The work of every bucket on every rank."""
+        shape = (len(self.buckets), self.n_ranks)
+        flops, owned, workspace, pieces = (np.zeros(shape, np.int64) for _ in range(4))
+        gather, scatter = np.zeros((shape[0], 2, shape[1]), np.int64), np.zeros((shape[0], 2, shape[1]), np.int64)
         memo: dict[int, np.ndarray | None] = {}
-        owned = np.zeros((len(self.buckets), n), np.int64)
-        workspace = np.zeros((len(self.buckets), n), np.int64)
         for b, bucket in enumerate(self.buckets):
             batches: dict[tuple[int, Hashable], int] = {}
             for i in bucket:
                 task, owner = self.matrices[i], self.owners[i]
-                flops[owner] += task.flops
+                flops[b, owner] += task.flops
                 owned[b, owner] += task.wire_bytes
                 key = (owner, (task.shape, task.batch_key))
                 batches[key] = batches.get(key, 0) + task.workspace
-                held = _held_alone(self.pieces[i], n, memo)
+                held = _held_alone(self.pieces[i], self.n_ranks, memo)
                 if held is not None:
                     away = held * task.wire_itemsize
                     away[owner] = 0
@@ -132,6 +147,8 @@ class Plan:
                     gather[b, 1, owner] += away.sum()
                     scatter[b, 0, owner] += away.sum()
                     scatter[b, 1] += away
+                    pieces[b] += held > 0
+                    pieces[b, owner] += len(self.pieces[i])
                     continue
                 for piece in self.pieces[i]:
                     size = box_numel(piece.box) * task.wire_itemsize
@@ -141,14 +158,28 @@ class Plan:
                     others = np.array([h for h in piece.holders if h != owner], np.int64)
                     scatter[b, 0, owner] += size * len(others)
                     scatter[b, 1, others] += size
+                    pieces[b, list(piece.holders)] += 1
+                    pieces[b, owner] += len(piece.holders)
             for (owner, _), size in batches.items():
                 workspace[b, owner] = max(workspace[b, owner], size)
+        return BucketLoads(flops=flops, gather=gather, scatter=scatter, owned=owned, workspace=workspace, pieces=pieces)
+
+    def loads(self) -> list[RankLoad]:
+        """The cost of one step on every rank.
+
+        The peak counts, in the worst bucket, the wire buffers of its gather and scatter, those of the next gather and
+        the last scatter (which travel meanwhile), the matrices that are orthogonalised with their results, and the
+        workspace of the largest batch.
+        """
+        n, work = self.n_ranks, self.bucket_loads()
         nothing = np.zeros(n, np.int64)
         peak = nothing
+        gather, scatter = work.gather.sum(1), work.scatter.sum(1)
         for b in range(len(self.buckets)):
-            beside = (gather[b + 1].sum(0) if b + 1 < len(self.buckets) else nothing) + (scatter[b - 1].sum(0) if b else nothing)
-            peak = np.maximum(peak, beside + np.maximum(gather[b].sum(0), scatter[b].sum(0)) + owned[b] + workspace[b])
-        sent, received = (gather[:, k].sum(0) + scatter[:, k].sum(0) for k in (0, 1))
+            beside = (gather[b + 1] if b + 1 < len(self.buckets) else nothing) + (scatter[b - 1] if b else nothing)
+            peak = np.maximum(peak, beside + np.maximum(gather[b], scatter[b]) + work.owned[b] + work.workspace[b])
+        flops = work.flops.sum(0)
+        sent, received = (work.gather[:, k].sum(0) + work.scatter[:, k].sum(0) for k in (0, 1))
         return [
             RankLoad(flops=int(flops[r]), bytes_sent=int(sent[r]), bytes_received=int(received[r]), peak_bytes=int(peak[r]))
             for r in range(n)
@@ -262,26 +293,50 @@ def _choose_owners(
         load[owner_of[u]] += cost[u, owner_of[u]]
 
     even = EVEN_ENOUGH * max(work.sum() / n_ranks, work.max(initial=0.0))
-    for _ in range(4 * len(units)):  # move work away from the busiest rank while that pays for the way
+    for _ in range(4 * len(units)):  # relieve the busiest rank while that pays for the way
         busiest = int(np.argmax(load))
         own = np.flatnonzero(owner_of == busiest)
         if work[own].sum() <= even:
             break
-        target = np.argmin(load + cost[own], axis=1)
-        after = np.maximum(load[busiest] - cost[own, busiest], load[target] + cost[own, target])
-        best = int(np.argmin(after))
-        if after[best] >= load[busiest]:
+        step = min(_best_move(own, busiest, load, cost), _best_swap(own, busiest, load, cost, owner_of))
+        if step[0] >= load[busiest]:
             break
-        u, to = own[best], target[best]
-        load[busiest] -= cost[u, busiest]
-        load[to] += cost[u, to]
-        owner_of[u] = to
+        _, away, to, back = step
+        for moved, origin, goal in ((away, busiest, to), (back, to, busiest)):
+            if moved >= 0:
+                load[origin] -= cost[moved, origin]
+                load[goal] += cost[moved, goal]
+                owner_of[moved] = goal
 
     owners = [0] * len(matrices)
     for unit, owner in zip(units, owner_of, strict=True):
         for i in unit:
             owners[i] = int(owner)
     return owners
+
+
+Relief = tuple[float, int, int, int]  # the later of two ranks' ends; the unit that leaves the busiest, where to, and what comes back or -1
+
+
+def _best_move(own: np.ndarray, busiest: int, load: np.ndarray, cost: np.ndarray) -> Relief:
+    """Of the busiest rank's units, the one to move away, and where to."""
+    target = np.argmin(load + cost[own], axis=1)
+    after = np.maximum(load[busiest] - cost[own, busiest], load[target] + cost[own, target])
+    best = int(np.argmin(after))
+    return float(after[best]), int(own[best]), int(target[best]), -1
+
+
+def _best_swap(own: np.ndarray, busiest: int, load: np.ndarray, cost: np.ndarray, owner_of: np.ndarray) -> Relief:
+    """Of the busiest rank's units, the one to swap for another rank's, and that one."""
+    others = np.flatnonzero(owner_of != busiest)
+    if not others.size:
+        return math.inf, -1, -1, -1
+    at = owner_of[others]
+    here = load[busiest] - cost[own, busiest][:, None] + cost[others, busiest][None, :]
+    there = (load[at] - cost[others, at])[None, :] + cost[np.ix_(own, at)]
+    after = np.maximum(here, there)
+    u, v = divmod(int(np.argmin(after)), len(others))
+    return float(after[u, v]), int(own[u]), int(at[v]), int(others[v])
 
 
 def _missing_bytes(
