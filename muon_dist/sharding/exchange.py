@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -78,6 +79,26 @@ class Leg:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lane:
+    """One all-to-all as one rank takes part in it: what leaves and what arrives, and the elements for and from every peer."""
+
+    leaving: tuple[Leg, ...]
+    arriving: tuple[Leg, ...]
+    out_splits: list[int]
+    in_splits: list[int]
+
+    @classmethod
+    def of(cls, out: Sequence[Sequence[Leg]], into: Sequence[Sequence[Leg]]) -> Lane:
+        out_splits, in_splits = ([sum(leg.numel for leg in legs) for legs in peers] for peers in (out, into))
+        return cls(
+            leaving=tuple(leg for legs in out for leg in legs),
+            arriving=tuple(leg for legs in into for leg in legs),
+            out_splits=out_splits,
+            in_splits=in_splits,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class BucketRoute:
     """One bucket as one rank sees it. Lists by peer are in the order of the wire, the same on both ends."""
 
@@ -91,6 +112,14 @@ class BucketRoute:
     stay: tuple[Leg, ...]  # pieces that this rank holds and owns: they never travel
     scatter_out: tuple[tuple[Leg, ...], ...]
     scatter_in: tuple[tuple[Leg, ...], ...]
+
+    @cached_property
+    def gather(self) -> Lane:
+        return Lane.of(self.gather_out, self.gather_in)
+
+    @cached_property
+    def scatter(self) -> Lane:
+        return Lane.of(self.scatter_out, self.scatter_in)
 
 
 def route_bucket(plan: Plan, bucket: int, me: int, stored_as_box: Callable[[int], bool], batch_keys: Sequence[Hashable]) -> BucketRoute:
@@ -153,8 +182,7 @@ class Traffic:
 
     def __init__(
         self,
-        out: Sequence[Sequence[Leg]],
-        into: Sequence[Sequence[Leg]],
+        lane: Lane,
         read: Callable[[Leg], Tensor],
         *,
         travels: bool,
@@ -162,18 +190,15 @@ class Traffic:
         device: torch.device,
         group: dist.ProcessGroup | None,
     ) -> None:
-        self.arriving = [leg for legs in into for leg in legs]
+        self.arriving = lane.arriving
         self._work: dist.Work | None = None
         self._received = torch.empty(0, dtype=dtype, device=device)
         if not travels:
             return
-        out_splits = [sum(leg.numel for leg in legs) for legs in out]
-        in_splits = [sum(leg.numel for leg in legs) for legs in into]
-        leaving = [leg for legs in out for leg in legs]
-        self._sent = torch.empty(sum(out_splits), dtype=dtype, device=device)  # kept until the collective is done
-        self._received = torch.empty(sum(in_splits), dtype=dtype, device=device)
-        copy([part.view(leg.shape) for leg, part in _parts(leaving, self._sent)], [read(leg) for leg in leaving])
-        self._work = dist.all_to_all_single(self._received, self._sent, in_splits, out_splits, group=group, async_op=True)
+        self._sent = torch.empty(sum(lane.out_splits), dtype=dtype, device=device)  # kept until the collective is done
+        self._received = torch.empty(sum(lane.in_splits), dtype=dtype, device=device)
+        copy([part.view(leg.shape) for leg, part in _parts(lane.leaving, self._sent)], [read(leg) for leg in lane.leaving])
+        self._work = dist.all_to_all_single(self._received, self._sent, lane.in_splits, lane.out_splits, group=group, async_op=True)
 
     def wait(self) -> list[tuple[Leg, Tensor]]:
         """Wait for the collective; what arrived, as views of the receive buffer. The send buffer is let go."""
@@ -196,7 +221,7 @@ class Exchange:
     def start_gather(self, bucket: int, local: Callable[[int], Tensor]) -> Traffic:
         """Send this rank's pieces to their owners. `local(parameter)` is the tensor in which this rank stores its fragment."""
         route = self.routes[bucket]
-        return self._start(route, route.gather_out, route.gather_in, lambda leg: _viewed(leg, local), route.gathers)
+        return self._start(route, route.gather, lambda leg: _viewed(leg, local), route.gathers)
 
     @record_function("muon_dist::finish_gather")
     def finish_gather(self, bucket: int, traffic: Traffic, local: Callable[[int], Tensor]) -> list[Tensor]:
@@ -212,22 +237,15 @@ class Exchange:
     def start_scatter(self, bucket: int, batches: Sequence[Tensor]) -> Traffic:
         """Send the updates of the matrices this rank owns to all that hold a piece."""
         route = self.routes[bucket]
-        return self._start(route, route.scatter_out, route.scatter_in, lambda leg: _slotted(leg, batches), route.scatters)
+        return self._start(route, route.scatter, lambda leg: _slotted(leg, batches), route.scatters)
 
     def updates_at_home(self, bucket: int, batches: Sequence[Tensor]) -> list[tuple[Leg, Tensor]]:
         """The updates of pieces that this rank holds and owns, rounded as if they had travelled."""
         route = self.routes[bucket]
         return [(leg, _slotted(leg, batches).to(route.wire)) for leg in route.stay]
 
-    def _start(
-        self,
-        route: BucketRoute,
-        out: Sequence[Sequence[Leg]],
-        into: Sequence[Sequence[Leg]],
-        read: Callable[[Leg], Tensor],
-        travels: bool,
-    ) -> Traffic:
-        return Traffic(out, into, read, travels=travels, dtype=route.wire, device=self._device, group=self._group)
+    def _start(self, route: BucketRoute, lane: Lane, read: Callable[[Leg], Tensor], travels: bool) -> Traffic:
+        return Traffic(lane, read, travels=travels, dtype=route.wire, device=self._device, group=self._group)
 
 
 def copy(targets: list[Tensor], sources: list[Tensor]) -> None:
