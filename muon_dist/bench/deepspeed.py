@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from ..cli.table import table, write_json
 from ..polar.newton_schulz import orthogonalize_batch
+from ..run.bootstrap import end_process_group
 from .small_gpt import GPT, read_text, windows
 from .traffic import Received, tensors_in
 
@@ -220,5 +221,4 @@ def _measure(
     if rank == 0:
         record = {"seconds": seconds, "received": received, "calls": calls, "state": state, "steps": steps}
         torch.save(record, os.path.join(folder, "record"))
-    dist.barrier()
-    dist.destroy_process_group()
+    end_process_group()

@@ -24,6 +24,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..cli.table import si, table, write_json
+from ..run.bootstrap import end_process_group
 from . import megatron_host as host
 from .small_gpt import read_text, windows
 from .traffic import Received
@@ -162,8 +163,7 @@ def _measure(rank: int, world: int, folder: str, tp: int, hidden: int, layers: i
         record["flops"][name], record["received"][name], record["state"][name] = figures.tolist()
     if rank == 0:
         torch.save(record, os.path.join(folder, "record"))
-    dist.barrier()
-    dist.destroy_process_group()
+    end_process_group()
 
 
 class _Timed:

@@ -27,6 +27,7 @@ from ..cli.models import model_parameters
 from ..cli.table import table, write_json
 from ..optimizer import MuonDist
 from ..polar.matrix_view import matrices_of
+from ..run.bootstrap import end_process_group
 from ..spectrum.controller import LAG
 from ..spectrum.scaling_law import ScalingLaws, layer_kind, relative_depths, shipped_laws
 from .peers import DionMuon, NaiveShardedMuon, TorchMuon
@@ -70,7 +71,7 @@ def run(
         per_rank = threads or max(1, cores // n)
         peer = "dion" if dion else "torch" if n == 1 else "naive"
         with tempfile.TemporaryDirectory() as folder:
-            spawn(_measure, args=(n, folder, shapes, pairs, per_rank, peer, dtype, trace is not None), nprocs=n)
+            spawn(on_rank, args=(n, folder, per_rank, _measure, shapes, pairs, peer, dtype, trace is not None), nprocs=n)
             record: dict[str, Any] = torch.load(os.path.join(folder, "record"))
             if trace is not None:
                 traces.append(summary(folder, n, f"{trace.removesuffix('.json')}-{n}.json"))
@@ -148,9 +149,15 @@ def singular_values(laws: ScalingLaws, kind: str | None, depth: float, rank: int
     return torch.from_numpy(np.exp(value)).to(torch.float32)
 
 
-def _measure(rank: int, world: int, folder: str, shapes: Shapes, pairs: int, threads: int, peer_name: str, dtype: str, trace: bool) -> None:
+def on_rank(rank: int, world: int, folder: str, threads: int, measure: Callable[..., None], *arguments: Any) -> None:
+    """Run a measurement as one rank of a process group over gloo, with a folder that all ranks share."""
     torch.set_num_threads(threads)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    measure(rank, world, folder, *arguments)
+    end_process_group()
+
+
+def _measure(rank: int, world: int, folder: str, shapes: Shapes, pairs: int, peer_name: str, dtype: str, trace: bool) -> None:
     mesh = init_device_mesh("cpu", (world,))
     torch.manual_seed(0)
     values, grads = [torch.randn(shape) for _, shape in shapes], gradients(shapes)
@@ -188,8 +195,6 @@ def _measure(rank: int, world: int, folder: str, shapes: Shapes, pairs: int, thr
         imbalance = {name: _imbalance(optimizer) for name, optimizer in ((FIVE, five), (ADAPTIVE, adaptive))}
         steps = statistics.mean(len(schedule) for _, schedule in adaptive.schedules.values())
         torch.save({"peer": peer.name, "seconds": seconds, "imbalance": imbalance, "steps": steps}, os.path.join(folder, "record"))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def _times(sides: dict[str, Callable[[], Any]], pairs: int) -> dict[str, list[float]]:

@@ -138,9 +138,23 @@ def parser() -> argparse.ArgumentParser:
     megatron.add_argument("--rounds", type=int, default=7, help="steps of every optimizer that are timed (default 7)")
     megatron.add_argument("--warmup", type=int, default=3, help="steps before (default 3)")
 
+    scale = benches.add_parser("scale", help="a step of large models at thousands of ranks, simulated; held against this machine first")
+    scale.add_argument("--ranks", type=int, nargs="+", default=[64, 256, 1024, 4096, 16384])
+    scale.add_argument("--check-ranks", type=int, nargs="+", default=[1, 2, 4], help="of the steps measured here (default 1 2 4)")
+    scale.add_argument("--steps", type=int, default=5, help="Newton–Schulz steps (default 5)")
+    scale.add_argument("--rounds", type=int, default=7, help="timings of each, here (default 7)")
+    scale.add_argument("--products", type=float, default=400, help="input: TFLOP/s of Newton–Schulz on a rank (default 400)")
+    scale.add_argument("--memory", type=float, default=2.5, help="input: TB/s of a rank's memory (default 2.5)")
+    scale.add_argument("--link", type=float, default=50, help="input: GB/s that a rank sends and receives at once (default 50)")
+    scale.add_argument("--start", type=float, default=100, help="input: µs to start an all-to-all (default 100)")
+    scale.add_argument("--model-flops", type=float, default=400, help="input: TFLOP/s of a rank on the model itself (default 400)")
+    scale.add_argument("--tokens-per-rank", type=int, default=4096, help="of a step (default 4096)")
+    scale.add_argument("--bucket-mb", type=float, default=64)
+    scale.add_argument("--picture", metavar="FILE", help="plot of the steps; needs matplotlib")
+
     for command in (ns, adaptive, accuracy, training, ladder, memory, overhead):
         command.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="torch threads")
-    for command in (step, dion, ns, adaptive, accuracy, training, memory, overhead, deepspeed, megatron):
+    for command in (step, dion, ns, adaptive, accuracy, training, memory, overhead, deepspeed, megatron, scale):
         command.add_argument("--json", metavar="FILE", help="also write every figure")
     return root
 
@@ -237,6 +251,10 @@ def _bench(arguments: argparse.Namespace) -> int:
         from ..bench import megatron
 
         return megatron.run(**options)
+    if arguments.bench == "scale":
+        from ..bench import scale
+
+        return scale.run(**options)
     from ..bench import overhead
 
     return overhead.run(**options)

@@ -71,7 +71,7 @@ Entry = tuple[str, tuple[int, ...], dict[str, Any], dict[str, Any]]
 
 
 def _llama(c: dict[str, Any]) -> list[Entry]:
-    """Names and shapes of Hugging Face's LlamaForCausalLM."""
+    """Names and shapes of Hugging Face's LlamaForCausalLM; with `num_experts`, mixtures of experts after `num_dense_layers` layers."""
     hidden, inner, kv_heads = c["hidden_size"], c["intermediate_size"], c["num_key_value_heads"]
     head = c.get("head_dim", hidden // c["num_attention_heads"])
     q, kv = c["num_attention_heads"] * head, kv_heads * head
@@ -83,9 +83,7 @@ def _llama(c: dict[str, Any]) -> list[Entry]:
             (f"{at}.self_attn.k_proj.weight", (kv, hidden), {}, {"cut": 0, "shards": kv_heads}),
             (f"{at}.self_attn.v_proj.weight", (kv, hidden), {}, {"cut": 0, "shards": kv_heads}),
             (f"{at}.self_attn.o_proj.weight", (hidden, q), {}, {"cut": 1}),
-            (f"{at}.mlp.gate_proj.weight", (inner, hidden), {}, {"cut": 0}),
-            (f"{at}.mlp.up_proj.weight", (inner, hidden), {}, {"cut": 0}),
-            (f"{at}.mlp.down_proj.weight", (hidden, inner), {}, {"cut": 1}),
+            *(_gated(f"{at}.mlp", hidden, inner) if k < c.get("num_dense_layers", 0) or not c.get("num_experts") else _experts(at, c)),
             (f"{at}.input_layernorm.weight", (hidden,), {}, {}),
             (f"{at}.post_attention_layernorm.weight", (hidden,), {}, {}),
         ]
@@ -93,6 +91,26 @@ def _llama(c: dict[str, Any]) -> list[Entry]:
     if not c.get("tie_word_embeddings", False):
         entries.append(("lm_head.weight", (c["vocab_size"], hidden), {}, {"cut": 0}))
     return entries
+
+
+def _gated(at: str, hidden: int, inner: int) -> list[Entry]:
+    return [
+        (f"{at}.gate_proj.weight", (inner, hidden), {}, {"cut": 0}),
+        (f"{at}.up_proj.weight", (inner, hidden), {}, {"cut": 0}),
+        (f"{at}.down_proj.weight", (hidden, inner), {}, {"cut": 1}),
+    ]
+
+
+def _experts(at: str, c: dict[str, Any]) -> list[Entry]:
+    """A layer's router, its experts as stacks, which tensor-parallel ranks share by whole experts, and the experts that all tokens take."""
+    experts, hidden, inner = c["num_experts"], c["hidden_size"], c["moe_intermediate_size"]
+    shared = c.get("num_shared_experts", 0) * inner
+    return [
+        (f"{at}.mlp.gate.weight", (experts, hidden), {"algorithm": "adamw"}, {}),
+        (f"{at}.mlp.experts.gate_up_proj", (experts, 2 * inner, hidden), {"split": (inner, inner)}, {"cut": 0, "shards": experts}),
+        (f"{at}.mlp.experts.down_proj", (experts, hidden, inner), {}, {"cut": 0, "shards": experts}),
+        *(_gated(f"{at}.mlp.shared_experts", hidden, shared) if shared else []),
+    ]
 
 
 def _gpt(c: dict[str, Any]) -> list[Entry]:
