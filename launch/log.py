@@ -23,6 +23,7 @@ from torch import Tensor
 
 from muon_dist.run import Checkpoint, Ranks
 from muon_dist.run.lines import append_lines
+from muon_dist.sharding.tasks import SLICED
 from muon_dist.telemetry import Sinks
 from muon_dist.version import __version__, installed_versions
 
@@ -120,7 +121,7 @@ class Log:
         domains = []
         for ranks, plan in getattr(engine.optimizer, "plans", []):
             matrices = [
-                {"name": task.name, "shape": list(task.shape), "owner": ranks[owner], "flops": task.flops}
+                {"name": task.name, "shape": list(task.shape), "owner": None if owner == SLICED else ranks[owner], "flops": task.flops}
                 for task, owner in zip(plan.matrices, plan.owners, strict=True)
             ]
             loads = [{"rank": rank, **dataclasses.asdict(load)} for rank, load in zip(ranks, plan.loads(), strict=True)]

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from .adaptation import Adaptation, attach_controllers
 from .groups import POLICY_KEYS, fixed_schedule
-from .polar.cost import flops_of, form_name, segments_of, workspace_bytes
+from .polar.cost import flops_of, form_name, segments_of, sliced_flops_of, workspace_bytes
 from .polar.matrix_view import Matrix, matrices_of
 from .polar.newton_schulz import default_compute_dtype, dtype_named
 from .polar.polynomials import Schedule
@@ -35,7 +35,9 @@ from .sharding.layout import (
     fragment_numel,
     whole,
 )
-from .sharding.plan import EVEN_ENOUGH, MatrixTask, Plan, make_plan
+from .sharding.owners import EVEN_ENOUGH
+from .sharding.plan import Plan, make_plan
+from .sharding.tasks import MatrixTask, SlicedCost
 from .spectrum.controller import Controller
 
 # Hyperparameters that the ranks of a domain must share: owners use theirs, holders their own.
@@ -125,7 +127,7 @@ class Domain:
         self.exchange.routes = _routes(self.plan, self.parameters, self.me)
 
     def owner_of(self, bound: BoundParameter) -> int:
-        """The rank that owns a parameter's first matrix (all of them, if it is replicated); rank 0 for an empty one."""
+        """The rank that owns a parameter's first matrix (all of them, if it is replicated); rank 0 for an empty or sliced one."""
         return self.owner_of_parameter[bound.position]
 
 
@@ -135,6 +137,7 @@ def bind_domains(
     process_group: dist.ProcessGroup | None,
     layouts: Mapping[str, ShardLayout],
     bucket_bytes: int,
+    placement: str,
     groups: dict[tuple[int, ...], dist.ProcessGroup],
     state: Mapping[Tensor, dict[str, Tensor]],
     all_names: Sequence[str] = (),
@@ -154,7 +157,7 @@ def bind_domains(
     for ranks in sorted(by_ranks, key=lambda r: (-len(r), r)):
         members = by_ranks[ranks]
         known = next((b.known_group for b in members if b.known_group is not None), None)
-        domains.append(_make_domain(ranks, members, _group_of(ranks, known, groups), bucket_bytes))
+        domains.append(_make_domain(ranks, members, _group_of(ranks, known, groups), bucket_bytes, placement))
     together = set(_ranks_of(process_group))
     for domain in domains:
         if not together.issuperset(domain.ranks):
@@ -210,7 +213,9 @@ def _bind_parameter(
     return bound
 
 
-def _make_domain(ranks: tuple[int, ...], members: list[BoundParameter], group: dist.ProcessGroup | None, bucket_bytes: int) -> Domain:
+def _make_domain(
+    ranks: tuple[int, ...], members: list[BoundParameter], group: dist.ProcessGroup | None, bucket_bytes: int, placement: str
+) -> Domain:
     if all(b.name for b in members):
         members = sorted(members, key=lambda b: b.name)  # so that ranks whose groups are ordered differently agree
     devices = {b.device for b in members}
@@ -226,7 +231,7 @@ def _make_domain(ranks: tuple[int, ...], members: list[BoundParameter], group: d
             key = (b.fixed or "adaptive", str(b.compute_dtype), b.group["compute_dtype"] is None, b.group["eps"])
             tasks += matrix_tasks(b.name, position, b.matrices, b.schedules, b.compute_dtype, b.wire_dtype, b.device.type, batch_key=key)
             matrices += b.matrices
-    plan = make_plan([b.placement for b in members], tasks, n_ranks=len(ranks), bucket_bytes=bucket_bytes)
+    plan = make_plan([b.placement for b in members], tasks, n_ranks=len(ranks), bucket_bytes=bucket_bytes, placement=placement)
     me = ranks.index(dist.get_rank()) if len(ranks) > 1 else 0
     for b in members:
         if b.matrices and not _stored_as_box(b, me) and not b.local.is_contiguous():
@@ -246,18 +251,21 @@ def _make_domain(ranks: tuple[int, ...], members: list[BoundParameter], group: d
     )
     owners = dict(zip([t.parameter for t in reversed(tasks)], reversed(plan.owners), strict=True))
     domain.whole_count = torch.tensor([_replica_count(b.placement) for b in members], dtype=torch.int32, device=device)
-    domain.owner_of_parameter = [owners.get(position, 0) for position in range(len(members))]
+    domain.owner_of_parameter = [max(owners.get(position, 0), 0) for position in range(len(members))]
     meets = [[tasks[i].parameter for i in bucket] for bucket in plan.buckets]
     domain.first_bucket = [sorted(set(ps) - {q for earlier in meets[:k] for q in earlier}) for k, ps in enumerate(meets)]
     domain.last_bucket = [sorted(set(ps) - {q for later in meets[k + 1 :] for q in later}) for k, ps in enumerate(meets)]
     return domain
 
 
-def rebalanced(domain: Domain, bucket_bytes: int) -> Domain | None:
+def rebalanced(domain: Domain, bucket_bytes: int, placement: str) -> Domain | None:
     """The domain with owners chosen for its schedules as they stand, where that relieves the busiest one; else None. Collective.
 
-    Every rank decides alike, since all have the same schedules; the plans are compared nevertheless.
+    Every rank decides alike, since all have the same schedules; the plans are compared nevertheless. Where matrices are sliced, which
+    gives all ranks the same work, nothing is chosen anew.
     """
+    if any(slicing is not None for slicing in domain.plan.slicings):
+        return None
     work = [
         flops_of(*matrix.shape, schedule, b.compute_dtype, b.device.type)
         for b in domain.parameters
@@ -266,7 +274,7 @@ def rebalanced(domain: Domain, bucket_bytes: int) -> Domain | None:
     busiest = np.bincount(domain.plan.owners, work, domain.plan.n_ranks).max(initial=0.0)
     if busiest * domain.plan.n_ranks <= EVEN_ENOUGH * sum(work):
         return None
-    better = _make_domain(domain.ranks, domain.parameters, domain.process_group, bucket_bytes)
+    better = _make_domain(domain.ranks, domain.parameters, domain.process_group, bucket_bytes, placement)
     if better.plan.imbalance() * sum(work) * EVEN_ENOUGH > busiest * domain.plan.n_ranks:
         return None
     digest = torch.tensor(list(bytes.fromhex(better.plan.digest())), dtype=torch.int64)
@@ -315,9 +323,18 @@ def matrix_tasks(
             wire_itemsize=wire_dtype.itemsize,
             batch_key=batch_key,
             form=f"{len(schedule)} steps, {form_name(segments_of(schedule.steps, *matrix.shape, compute_dtype, device_type))}",
+            sliced=_sliced_cost(matrix, schedule, compute_dtype, device_type),
         )
         for k, (matrix, schedule) in enumerate(zip(matrices, schedules, strict=True))
     ]
+
+
+def _sliced_cost(matrix: Matrix, schedule: Schedule, compute_dtype: torch.dtype, device_type: str) -> SlicedCost | None:
+    if schedule.deflation:
+        return None
+    fixed, per_line, added_up = sliced_flops_of(*matrix.shape, schedule, compute_dtype, device_type)
+    squares = workspace_bytes(*[min(matrix.shape)] * 2, itemsize=compute_dtype.itemsize, in_place=True)
+    return SlicedCost(fixed=fixed, per_line=per_line, added_up=added_up, workspace=squares)
 
 
 def _replica_count(placement: Placement) -> int:

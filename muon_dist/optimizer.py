@@ -29,13 +29,15 @@ from .binding import BoundParameter, Domain, all_gather_rows, bind_domains, loca
 from .elementwise import adamw_step, decay, local_gradient, momentum_forms
 from .groups import GROUP_KEYS, POLICY_KEYS, check_group, group_routes, policy_of, read_groups, translate_state_groups
 from .polar.matrix_view import matrices_of
-from .polar.newton_schulz import moment_count, orthogonalize_batch
+from .polar.newton_schulz import Slices, moment_count, orthogonalize_batch
 from .polar.polynomials import Polynomial, Schedule
 from .polar.scaling import update_scale
 from .routing import Route
 from .sharding.exchange import Leg, Traffic
 from .sharding.layout import ShardLayout
+from .sharding.owners import PLACEMENTS
 from .sharding.plan import Plan
+from .sharding.slicing import Slicing
 from .sharding.state import complete_replicas, elsewhere, fit_state, is_absent, is_elsewhere, is_unset, unset
 from .telemetry import Telemetry
 
@@ -89,6 +91,9 @@ class MuonDist(torch.optim.Optimizer):
         bucket_mb: MiB on the wire that an owner gathers in one bucket, at most; a single larger matrix excepted. Less is gathered at a
             time where that hides more of the travelling. Updates of plain replicas go to every rank, so those receive as much from
             each owner.
+        placement: "owner": one rank orthogonalises a matrix. "gram": every rank works on a slice of it, along its longer side, and Gram
+            matrices are added up over the ranks: for jobs of fewer matrices than ranks, and where no rank has room for a whole one.
+            "auto": slices for the costliest shapes where that ends a step sooner, by FLOPs and bytes. The update is the same.
         eps: smallest Frobenius norm that a matrix is divided by; guards only against zero.
         telemetry_dir: where what is measured goes, as lines of JSON (`muon-dist spectrum DIR` shows them); needs adaptive steps.
         telemetry_sinks: besides, "tensorboard" and "wandb".
@@ -120,6 +125,7 @@ class MuonDist(torch.optim.Optimizer):
         process_group: dist.ProcessGroup | None = None,
         layouts: Mapping[str, ShardLayout] | None = None,
         bucket_mb: float = 64,
+        placement: str = "owner",
         eps: float = 1e-20,
         nonfinite: str = "skip",
         extra_scale_factor: float = 1.0,
@@ -138,6 +144,8 @@ class MuonDist(torch.optim.Optimizer):
             raise ValueError(f"nonfinite={nonfinite!r}: choose 'skip' or 'raise'")
         if isinstance(bucket_mb, bool) or not isinstance(bucket_mb, (int, float)) or not bucket_mb > 0:
             raise ValueError(f"bucket_mb must be a positive number of MiB, got {bucket_mb!r}")
+        if placement not in PLACEMENTS:
+            raise ValueError(f"placement={placement!r}: choose one of {', '.join(PLACEMENTS)}")
         if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
             raise ValueError(f"process_group must be a torch.distributed process group or None, got {process_group!r}")
         for name, layout in (layouts or {}).items():
@@ -172,7 +180,7 @@ class MuonDist(torch.optim.Optimizer):
         wanted = telemetry_dir is not None or telemetry_sinks
         self._telemetry = Telemetry(telemetry_dir, telemetry_sinks) if wanted else None
         self._bucket_bytes = int(bucket_mb * 2**20)
-        self._nonfinite = nonfinite
+        self._nonfinite, self._placement = nonfinite, placement
         self._start_unbound(process_group, dict(layouts or {}))
         self._reading = False  # the constructor's groups are read as a whole, later ones as they come
         super().__init__(read_groups(params, defaults, self._layouts), defaults)
@@ -279,6 +287,7 @@ class MuonDist(torch.optim.Optimizer):
             process_group=self._process_group,
             layouts=self._layouts,
             bucket_bytes=self._bucket_bytes,
+            placement=self._placement,
             groups=self._groups,
             state=self.state,
             all_names=self._all_names,
@@ -406,7 +415,10 @@ class MuonDist(torch.optim.Optimizer):
     def _adapt(self) -> None:
         """Let measured spectra take effect, and choose owners anew where step counts have moved the balance."""
         for k, domain in enumerate(self._domains):
-            if domain.adaptation.is_time_for_new_owners() and (better := rebalanced(domain, self._bucket_bytes)) is not None:
+            if (
+                domain.adaptation.is_time_for_new_owners()
+                and (better := rebalanced(domain, self._bucket_bytes, self._placement)) is not None
+            ):
                 domain.adaptation.collect()  # into the rows, which the new owners' controllers share
                 self._domains[k] = domain = better
                 self._complete_replicas(better, everywhere=False)
@@ -463,33 +475,38 @@ class MuonDist(torch.optim.Optimizer):
     def _orthogonalize(self, domain: Domain, bucket: int, batches: list[Tensor], go: dict[BoundParameter, Tensor]) -> list[Tensor]:
         """The updates of this rank's matrices, batch by batch; zeros where a parameter's step doesn't happen."""
         updates = []
-        for indices, batch in zip(domain.exchange.routes[bucket].batches, batches, strict=True):
+        route = domain.exchange.routes[bucket]
+        for indices, slicing, batch in zip(route.batches, route.slicings, batches, strict=True):
             keep = torch.stack([go[domain.parameters[domain.plan.matrices[i].parameter]] for i in indices]).to(domain.device)
             by_schedule: dict[Schedule, list[int]] = {}  # one, unless a measurement of the noise floor takes more steps
             for k, i in enumerate(indices):
                 by_schedule.setdefault(domain.adaptation.schedule_now(i), []).append(k)
             if len(by_schedule) == 1:
-                updates.append(self._orthogonalize_alike(domain, indices, batch, keep))
+                updates.append(self._orthogonalize_alike(domain, indices, batch, keep, slicing))
                 continue
             update = torch.empty_like(batch)
             for places in by_schedule.values():
-                update[places] = self._orthogonalize_alike(domain, [indices[k] for k in places], batch[places], keep[places]).to(
-                    batch.dtype
-                )
+                some = [indices[k] for k in places]
+                update[places] = self._orthogonalize_alike(domain, some, batch[places], keep[places], slicing).to(batch.dtype)
             updates.append(update)
         return updates
 
     @staticmethod
-    def _orthogonalize_alike(domain: Domain, indices: Sequence[int], batch: Tensor, keep: Tensor) -> Tensor:
-        """The polar factors of matrices of one shape and schedule; records the moments of those that are measured."""
+    def _orthogonalize_alike(domain: Domain, indices: Sequence[int], batch: Tensor, keep: Tensor, slicing: Slicing | None) -> Tensor:
+        """The polar factors of matrices of one shape and schedule, or of slices; records the moments of those that are measured."""
         first, adaptation = domain.parameters[domain.plan.matrices[indices[0]].parameter], domain.adaptation
         schedule = adaptation.schedule_now(indices[0])
         measured = [k for k, i in enumerate(indices) if i in adaptation.measuring]
         moments = batch.new_empty(len(indices), moment_count(len(schedule)), dtype=torch.float64) if measured else None
         compute = first.compute_dtype_for(schedule)
+        slices = None
+        if slicing is not None:
+            slices = Slices(domain.plan.matrices[indices[0]].shape, slicing.dim, domain.exchange.add_up)
         with record_function(f"muon_dist::newton_schulz {'x'.join(map(str, batch.shape))}"):
-            result = orthogonalize_batch(batch, schedule, compute_dtype=compute, eps=first.group["eps"], keep=keep, moments=moments)
-        for k in measured:
+            result = orthogonalize_batch(
+                batch, schedule, compute_dtype=compute, eps=first.group["eps"], keep=keep, moments=moments, slices=slices
+            )
+        for k in measured if slicing is None or domain.me == 0 else ():  # all ranks have the moments of what is sliced
             assert moments is not None
             adaptation.record(indices[k], moments[k])
         return result
@@ -588,7 +605,13 @@ class MuonDist(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._collect_measurements()
         placed = self._detached or self._process_group is not None or bool(self._layouts)
-        own = {"bucket_bytes": self._bucket_bytes, "nonfinite": self._nonfinite, "detached": placed, "telemetry": self._telemetry}
+        own = {
+            "bucket_bytes": self._bucket_bytes,
+            "placement": self._placement,
+            "nonfinite": self._nonfinite,
+            "detached": placed,
+            "telemetry": self._telemetry,
+        }
         return {**super().__getstate__(), "muon_dist": own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -596,6 +619,7 @@ class MuonDist(torch.optim.Optimizer):
         super().__setstate__(state)
         if own is not None:  # unpickled: process groups and layouts don't travel
             self._bucket_bytes, self._nonfinite, self._telemetry = own["bucket_bytes"], own["nonfinite"], own["telemetry"]
+            self._placement = own["placement"]
             self._start_unbound(None, {})
             self._detached = own["detached"]
             self._reading = True

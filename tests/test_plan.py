@@ -13,7 +13,9 @@ from muon_dist.cli.models import model_parameters
 from muon_dist.cli.plan import plan_model
 from muon_dist.sharding.exchange import route_bucket
 from muon_dist.sharding.layout import Placement, ShardLayout, box_numel, fragment_numel, whole
-from muon_dist.sharding.plan import FLOPS_PER_BYTE, MatrixTask, Plan, make_plan
+from muon_dist.sharding.owners import FLOPS_PER_BYTE
+from muon_dist.sharding.plan import Plan, make_plan
+from muon_dist.sharding.tasks import MatrixTask
 
 from .ranks import run_ranks
 

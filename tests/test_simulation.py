@@ -14,13 +14,19 @@ from muon_dist.sharding.plan import BucketLoads
 RATES = Rates(products=100.0, memory=1e30, link=10.0, start=0.0, host=0.0)
 
 
-def loads(flops: list[list[int]], gather: list[list[int]], scatter: list[list[int]], pieces: int = 0) -> BucketLoads:
+def loads(flops: list[list[int]], gather: list[list[int]], scatter: list[list[int]], pieces: int = 0, added_up: int = 0) -> BucketLoads:
     """(buckets, ranks) each; every rank sends as much as it receives."""
     work, arrive, leave = (np.array(values) for values in (flops, gather, scatter))
     both = [np.stack([t, t], axis=1) for t in (arrive, leave)]
     zeros = np.zeros_like(work)
     return BucketLoads(
-        flops=work, gather=both[0], scatter=both[1], owned=np.ones_like(work), workspace=zeros, pieces=np.full_like(work, pieces)
+        flops=work,
+        gather=both[0],
+        scatter=both[1],
+        owned=np.ones_like(work),
+        workspace=zeros,
+        pieces=np.full_like(work, pieces),
+        added_up=np.full(len(work), added_up),
     )
 
 
@@ -43,6 +49,10 @@ def test_what_travels_hides_behind_the_products_where_it_may() -> None:
     assert step(buckets, Rates(**{**vars(RATES), "overlaps": False})) == pytest.approx(3 * (1 + 5 + 1))
     slow = loads([[50, 50]] * 3, [[10, 10]] * 3, [[10, 10]] * 3)  # the link is the limit: six all-to-alls, and what it waits for
     assert 6 <= step(slow) <= 6 + 3 * 0.5
+
+
+def test_gram_matrices_of_slices_are_waited_for() -> None:
+    assert step(loads([[100, 200]], [[0, 0]], [[0, 0]], added_up=15)) == pytest.approx(2 + 2 * 15 / 10)
 
 
 def test_elementwise_work_counts_by_what_a_rank_stores() -> None:

@@ -34,7 +34,8 @@ from ..polar.matrix_view import matrices_of
 from ..polar.newton_schulz import orthogonalize_batch
 from ..polar.polynomials import schedule_for
 from ..sharding.layout import Placement, fragment_numel
-from ..sharding.plan import MatrixTask, Plan, make_plan
+from ..sharding.plan import Plan, make_plan
+from ..sharding.tasks import MatrixTask
 from .simulation import APPLY_BYTES, MOMENTUM_BYTES, Rates, Timeline, Work, simulate
 from .step import GPT2_SMALL_LAYER, on_rank
 
@@ -67,6 +68,7 @@ def run(
     model_flops: float,
     tokens_per_rank: int,
     bucket_mb: float,
+    placement: str,
     picture: str | None,
     json_path: str | None,
 ) -> int:
@@ -93,7 +95,7 @@ def run(
             if n % (job.tp * job.experts_over):
                 print(f"{job.name} needs a multiple of {job.tp * job.experts_over} ranks: {n} left out")
                 continue
-            timeline, sent, imbalance = predict(job, n, steps, bucket_mb, rates)
+            timeline, sent, imbalance = predict(job, n, steps, bucket_mb, rates, placement)
             numel = sum(math.prod(p.shape) for p in job.parameters)
             training = 6 * numel * job.active * tokens_per_rank / (model_flops * 1e12)
             records.append(
@@ -122,7 +124,17 @@ def run(
     if picture is not None:
         draw(records, picture)
         print(f"picture: {picture}")
-    write_json(json_path, {"rates": asdict(rates), "steps": steps, "tokens_per_rank": tokens_per_rank, "checks": checks, "jobs": records})
+    write_json(
+        json_path,
+        {
+            "rates": asdict(rates),
+            "steps": steps,
+            "placement": placement,
+            "tokens_per_rank": tokens_per_rank,
+            "checks": checks,
+            "jobs": records,
+        },
+    )
     return 0
 
 
@@ -141,7 +153,7 @@ def _job(model: str, *, tp: int, experts_over: int = 1) -> Job:
     return Job(name=model, parameters=parameters, tp=tp, experts_over=experts_over, active=active)
 
 
-def predict(job: Job, ranks: int, steps: int, bucket_mb: float, rates: Rates) -> tuple[Timeline, int, float]:
+def predict(job: Job, ranks: int, steps: int, bucket_mb: float, rates: Rates, placement: str = "owner") -> tuple[Timeline, int, float]:
     """The timeline of a step, the bytes that a rank sends at most, and the worst domain's imbalance over what is possible."""
     everyone = np.arange(ranks)
     experts = [p for p in job.parameters if ".experts." in p.name]
@@ -153,7 +165,7 @@ def predict(job: Job, ranks: int, steps: int, bucket_mb: float, rates: Rates) ->
     ):
         if not parameters:
             continue
-        plan, held, rest = _plan(parameters, n, tp, steps, bucket_mb)
+        plan, held, rest = _plan(parameters, n, tp, steps, bucket_mb, placement)
         loads = plan.bucket_loads()
         domains.append(Work(loads=loads, position=position, held=held[position]))
         adamw += rest[position]
@@ -162,7 +174,9 @@ def predict(job: Job, ranks: int, steps: int, bucket_mb: float, rates: Rates) ->
     return simulate(domains, adamw, rates), int(sent.max()), imbalance
 
 
-def _plan(parameters: list[ModelParameter], ranks: int, tp: int, steps: int, bucket_mb: float) -> tuple[Plan, np.ndarray, np.ndarray]:
+def _plan(
+    parameters: list[ModelParameter], ranks: int, tp: int, steps: int, bucket_mb: float, placement: str
+) -> tuple[Plan, np.ndarray, np.ndarray]:
     """A domain's plan, and the elements of matrices and of everything else that each of its ranks stores."""
     schedule = schedule_for("jordan", steps)
     places = placements(parameters, ranks // tp, tp, zero=1)
@@ -178,7 +192,7 @@ def _plan(parameters: list[ModelParameter], ranks: int, tp: int, steps: int, buc
         matrices = matrices_of(p.shape, p.route.view, p.name)
         tasks += matrix_tasks(p.name, len(own), matrices, [schedule] * len(matrices), torch.bfloat16, torch.bfloat16, "cuda")
         own.append(place)
-    return make_plan(own, tasks, n_ranks=ranks, bucket_bytes=int(bucket_mb * 2**20)), held, rest
+    return make_plan(own, tasks, n_ranks=ranks, bucket_bytes=int(bucket_mb * 2**20), placement=placement), held, rest
 
 
 # ---------------------------------------------------------------------------------------------------------------- this machine

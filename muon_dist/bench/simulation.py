@@ -120,6 +120,10 @@ def simulate(domains: Sequence[Work], adamw_elements: np.ndarray, rates: Rates) 
         here, arrives = arrives, start(job + 1) if job + 1 < len(jobs) else 0.0
         wait(here)
         spend(domain.loads.flops[b][domain.position] / rates.products, products)
+        if added_up := float(domain.loads.added_up[b]):  # an all-reduce of sliced matrices' Gram matrices; the ranks wait for it
+            takes = rates.start + 2 * added_up / rates.link
+            travelled += takes
+            wait(float(now.max()) + takes)
         back = all_to_all(domain.loads.scatter[b].max(axis=0))
         if returns is not None:
             wait(returns[0])

@@ -49,6 +49,7 @@ def run(
     pairs: int,
     threads: int | None,
     dtype: str,
+    placement: str,
     trace: str | None,
     json_path: str | None,
     dion: bool = False,
@@ -71,7 +72,7 @@ def run(
         per_rank = threads or max(1, cores // n)
         peer = "dion" if dion else "torch" if n == 1 else "naive"
         with tempfile.TemporaryDirectory() as folder:
-            spawn(on_rank, args=(n, folder, per_rank, _measure, shapes, pairs, peer, dtype, trace is not None), nprocs=n)
+            spawn(on_rank, args=(n, folder, per_rank, _measure, shapes, pairs, peer, dtype, placement, trace is not None), nprocs=n)
             record: dict[str, Any] = torch.load(os.path.join(folder, "record"))
             if trace is not None:
                 traces.append(summary(folder, n, f"{trace.removesuffix('.json')}-{n}.json"))
@@ -104,7 +105,19 @@ def run(
         print(text)
     machine = {"torch": torch.__version__, "machine": platform.machine(), "cores": cores}
     listed = [list(shape) for _, shape in shapes]
-    write_json(json_path, {**machine, "model": model, "layers": layers, "shapes": listed, "dtype": dtype, "pairs": pairs, "runs": records})
+    write_json(
+        json_path,
+        {
+            **machine,
+            "model": model,
+            "layers": layers,
+            "shapes": listed,
+            "dtype": dtype,
+            "placement": placement,
+            "pairs": pairs,
+            "runs": records,
+        },
+    )
     return 0
 
 
@@ -157,7 +170,9 @@ def on_rank(rank: int, world: int, folder: str, threads: int, measure: Callable[
     end_process_group()
 
 
-def _measure(rank: int, world: int, folder: str, shapes: Shapes, pairs: int, peer_name: str, dtype: str, trace: bool) -> None:
+def _measure(
+    rank: int, world: int, folder: str, shapes: Shapes, pairs: int, peer_name: str, dtype: str, placement: str, trace: bool
+) -> None:
     mesh = init_device_mesh("cpu", (world,))
     torch.manual_seed(0)
     values, grads = [torch.randn(shape) for _, shape in shapes], gradients(shapes)
@@ -173,7 +188,8 @@ def _measure(rank: int, world: int, folder: str, shapes: Shapes, pairs: int, pee
         return result
 
     def ours(**more: Any) -> MuonDist:
-        return MuonDist([{"params": parameters(), "algorithm": "muon"}], lr=1e-3, compute_dtype=dtype, wire_dtype=dtype, **more)
+        more.update(compute_dtype=dtype, wire_dtype=dtype, placement=placement if world > 1 else "owner")
+        return MuonDist([{"params": parameters(), "algorithm": "muon"}], lr=1e-3, **more)
 
     five, adaptive = ours(ns_steps=5), ours(ns_steps="adaptive", burn_in=2, measure_every=6)
     tensors = [p for _, p in parameters()]

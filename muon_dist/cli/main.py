@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from ..polar.polynomials import NAMES as POLYNOMIALS
 from ..polar.scaling import NAMES
 from ..run.bootstrap import LAUNCHERS
+from ..sharding.owners import PLACEMENTS
 from ..version import __version__
 
 
@@ -36,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--zero", type=int, default=1, choices=(0, 1, 2, 3), help="ZeRO stage (default 1)")
     plan.add_argument("--ns-steps", type=int, default=5)
     plan.add_argument("--bucket-mb", type=float, default=64)
+    plan.add_argument("--placement", choices=PLACEMENTS, default="owner", help="who works on a matrix, as MuonDist's placement=")
     plan.add_argument("--tokens", type=int, default=2**20, help="tokens per step, for the model's FLOPs (default 1,048,576)")
     plan.add_argument("--json", metavar="FILE", help="also write every matrix's owner and every rank's load")
 
@@ -73,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--layers", type=int, default=2, help="only its first N layers (default 2)")
         command.add_argument("--ranks", type=int, nargs="+", default=ranks)
         command.add_argument("--pairs", type=int, default=7, help="paired repetitions (default 7)")
+        command.add_argument("--placement", choices=PLACEMENTS, default="owner", help="who works on a matrix (default owner)")
         command.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the products and on the wire (default fp32)")
         command.add_argument("--threads", type=int, default=None, help="torch threads per rank (default: cores / ranks, at least 1)")
         command.add_argument("--trace", metavar="FILE", help="also write a timeline of a step per number of ranks, FILE-N.json")
@@ -150,6 +153,7 @@ def parser() -> argparse.ArgumentParser:
     scale.add_argument("--model-flops", type=float, default=400, help="input: TFLOP/s of a rank on the model itself (default 400)")
     scale.add_argument("--tokens-per-rank", type=int, default=4096, help="of a step (default 4096)")
     scale.add_argument("--bucket-mb", type=float, default=64)
+    scale.add_argument("--placement", choices=PLACEMENTS, default="owner", help="who works on a matrix (default owner)")
     scale.add_argument("--picture", metavar="FILE", help="plot of the steps; needs matplotlib")
 
     for command in (ns, adaptive, accuracy, training, ladder, memory, overhead):
@@ -188,6 +192,7 @@ def _run(arguments: argparse.Namespace) -> int:
             ns_steps=arguments.ns_steps,
             bucket_mb=arguments.bucket_mb,
             tokens=arguments.tokens,
+            placement=arguments.placement,
             laws=arguments.laws,
             coverage=arguments.coverage,
             json_path=arguments.json,

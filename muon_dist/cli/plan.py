@@ -15,7 +15,8 @@ from ..polar.cost import flops
 from ..polar.matrix_view import matrices_of
 from ..polar.polynomials import Schedule, schedule_for
 from ..sharding.layout import Fragment, Placement, ShardLayout, fragment_numel
-from ..sharding.plan import MatrixTask, Plan, make_plan
+from ..sharding.plan import Plan, make_plan
+from ..sharding.tasks import SLICED, MatrixTask
 from ..spectrum.controller import Policy
 from ..spectrum.moments import Spectrum
 from ..spectrum.scaling_law import layer_kind, relative_depths, shipped_laws
@@ -87,6 +88,7 @@ def plan_model(
     bucket_mb: float,
     schedules: Mapping[str, Sequence[Schedule]] | None = None,
     device_type: str = "cuda",
+    placement: str = "owner",
 ) -> tuple[Plan, list[int], list[int]]:
     """The plan of a job, with every rank's bytes of optimizer state for MuonDist and for AdamW alone.
 
@@ -105,7 +107,7 @@ def plan_model(
         matrices = matrices_of(p.shape, p.route.view, p.name)
         own = [fixed] * len(matrices) if schedules is None else schedules[p.name]
         tasks += matrix_tasks(p.name, position, matrices, own, torch.bfloat16, torch.bfloat16, device_type)
-    plan = make_plan([place for _, place in muon], tasks, n_ranks=dp * tp, bucket_bytes=int(bucket_mb * 2**20))
+    plan = make_plan([place for _, place in muon], tasks, n_ranks=dp * tp, bucket_bytes=int(bucket_mb * 2**20), placement=placement)
     first_owner = {task.parameter: owner for task, owner in zip(plan.matrices, plan.owners, strict=True)}
     positions = {p.name: k for k, (p, _) in enumerate(muon)}
     ours, adamw = np.zeros(plan.n_ranks, np.int64), np.zeros(plan.n_ranks, np.int64)
@@ -162,6 +164,7 @@ def run(
     ns_steps: int,
     bucket_mb: float,
     tokens: int,
+    placement: str,
     laws: bool,
     coverage: float,
     json_path: str | None,
@@ -170,7 +173,9 @@ def run(
         raise ValueError(f"--tokens must be at least 1, got {tokens}")
     parameters = model_parameters(config)
     schedules, predicted = predict(parameters, coverage) if laws else (None, [])
-    plan, state, adamw = plan_model(parameters, dp=dp, tp=tp, zero=zero, ns_steps=ns_steps, bucket_mb=bucket_mb, schedules=schedules)
+    plan, state, adamw = plan_model(
+        parameters, dp=dp, tp=tp, zero=zero, ns_steps=ns_steps, bucket_mb=bucket_mb, schedules=schedules, placement=placement
+    )
     loads = plan.loads()
     total = sum(load.flops for load in loads)
     numel = sum(math.prod(p.shape) for p in parameters)
@@ -183,6 +188,7 @@ def run(
         "ns_steps": "laws" if laws else ns_steps,
         "predicted": predicted,
         "bucket_mb": bucket_mb,
+        "placement": placement,
         "tokens_per_step": tokens,
         "parameters": numel,
         "ns_flops": total,
@@ -223,11 +229,14 @@ def report(plan: Plan, state: Sequence[int], adamw: Sequence[int], *, bucket_mb:
     def spread(values: Sequence[int], unit: str) -> tuple[str, str, str]:
         return si(min(values), unit), si(sum(values) / len(values), unit), si(max(values), unit)
 
+    sliced = plan.owners.count(SLICED)
     print(
-        f"{len(plan.matrices)} matrices, {len(set(plan.owners))} owners, {len(plan.buckets)} buckets of up to {bucket_mb:g} MiB per owner\n"
+        f"{len(plan.matrices)} matrices, {len(set(plan.owners) - {SLICED})} owners, "
+        f"{f'{sliced} matrices sliced over all ranks, ' if sliced else ''}"
+        f"{len(plan.buckets)} buckets of up to {bucket_mb:g} MiB per owner\n"
     )
     rows = [
-        ("FLOPs as owner", *spread([load.flops for load in loads], "FLOP")),
+        ("FLOPs", *spread([load.flops for load in loads], "FLOP")),
         ("bytes sent", *spread([load.bytes_sent for load in loads], "B")),
         ("bytes received", *spread([load.bytes_received for load in loads], "B")),
         ("optimizer state", *spread(state, "B")),
@@ -242,14 +251,17 @@ def report(plan: Plan, state: Sequence[int], adamw: Sequence[int], *, bucket_mb:
     total, busiest = sum(load.flops for load in loads), max(load.flops for load in loads) * plan.n_ranks
     print(
         f"Newton–Schulz: {si(total, 'FLOP')} a step, {total / model_flops:.2%} of the model's at {si(tokens)} tokens; "
-        f"{busiest / model_flops:.2%} as seen by the busiest owner"
+        f"{busiest / model_flops:.2%} as seen by the busiest rank"
     )
     print("Wire in bf16, state in fp32 without masters. Everything here is computed from shapes; nothing was measured.")
 
 
 def forms(plan: Plan) -> list[dict[str, Any]]:
     """Per shape and form of Newton–Schulz: how many matrices, and what one costs."""
-    count = Counter((task.shape, task.form, task.flops) for task in plan.matrices)
+    count = Counter(
+        (task.shape, task.form + (", sliced" if owner == SLICED else ""), task.flops)
+        for task, owner in zip(plan.matrices, plan.owners, strict=True)
+    )
     return [
         {"shape": list(shape), "form": form, "flops": each, "matrices": count[shape, form, each]} for shape, form, each in sorted(count)
     ]

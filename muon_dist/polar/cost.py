@@ -45,6 +45,19 @@ def segment_flops(m: int, n: int, length: int, device_type: str) -> int:
     return 2 * computed_elements(m, device_type) * (n + symmetric * m) + 2 * (length - 1) * m**3 + 2 * m * m * n
 
 
+def sliced_flops_of(rows: int, cols: int, schedule: Schedule, compute_dtype: torch.dtype, device_type: str) -> tuple[int, int, int]:
+    """What every process takes where each holds a slice of a matrix along its longer side (`newton_schulz.Slices`).
+
+    Returns:
+        Operations on Gram matrices; those per row or column of its slice; and the bytes of Gram matrices that are added up.
+    """
+    m = min(rows, cols)
+    segments = segments_of(schedule.steps, rows, cols, compute_dtype, device_type)
+    alone = sum(segment_flops(m, 0, length, device_type) for length in segments)
+    each = sum(segment_flops(m, 1, length, device_type) for length in segments) - alone
+    return alone, each, len(segments) * m * m * max(compute_dtype.itemsize, 4)
+
+
 @functools.lru_cache(maxsize=4096)
 def segments_of(steps: tuple[Coefficients, ...], rows: int, cols: int, compute_dtype: torch.dtype, device_type: str) -> tuple[int, ...]:
     """How many steps are taken on each Gram matrix: (1, 1, …) is the direct form, (1, 2, 2) starts from X three times. See `restarts`."""

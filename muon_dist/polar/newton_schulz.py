@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, overload
 
 import torch
@@ -140,6 +141,21 @@ def orthogonalize(
     return result if moments is None else (result, moments.reshape(*x.shape[:-2], -1))
 
 
+@dataclass(frozen=True)
+class Slices:
+    """What a process must know of matrices of which it holds a slice, along their longer side, while others hold the rest.
+
+    Attributes:
+        shape: (m, n) of the whole matrices.
+        dim: which dimension is cut, 0 or 1: the longer one, either where they are square.
+        add_up: adds a tensor up over all that hold slices, in place; they call it equally often, also with an empty slice.
+    """
+
+    shape: tuple[int, int]
+    dim: int
+    add_up: Callable[[Tensor], None]
+
+
 def moment_count(steps: int) -> int:
     """How many moments an orthogonalisation of so many steps yields for each matrix."""
     return 3 + 4 * steps
@@ -154,6 +170,7 @@ def orthogonalize_batch(
     keep: Tensor | None = None,
     moments: Tensor | None = None,
     basis: Tensor | None = None,
+    slices: Slices | None = None,
 ) -> Tensor:
     """Newton–Schulz on (B, m, n): returns (B, m, n) in `compute_dtype`. The input is workspace: its values are lost.
 
@@ -166,10 +183,19 @@ def orthogonalize_batch(
         the share of ‖X‖_F² that deflation left over, and the norm that the rest was divided by, relative to ‖X‖_F;
         for every step Σuᵢ, Σuᵢ², Σuᵢ·P(uᵢ), ΣP(uᵢ)²;
         and Σuₖ of the result, without the directions that were deflated.
+
+    With `slices` the batch is this process's part of larger matrices, and so is the result. Gram matrices are added up over all parts
+    (every segment's, in fp32 at least), and so are the squares of norms; steps on a Gram matrix are taken by all, alike. The moments are
+    those of the whole matrices. Deflation is not possible then.
     """
-    if batch.numel() == 0:
+    if batch.numel() == 0 and slices is None:
         return batch.to(compute_dtype, copy=True)
-    norm = frobenius_norms(batch).clamp_(min=eps)
+    norm = frobenius_norms(batch)
+    if slices is not None:
+        assert not schedule.deflation  # binding refuses it
+        slices.add_up(norm.square_())
+        norm.sqrt_()
+    norm.clamp_(min=eps)
     if keep is not None:
         norm.masked_fill_(~keep.view(-1, 1, 1), float("inf"))
     if batch.dtype != torch.float64:
@@ -185,28 +211,34 @@ def orthogonalize_batch(
     if moments is not None:
         moments[:, 0] = 1.0 if dominant is None else _inner(x, x)
     y = torch.empty_like(x)
-    segments = segments_of(schedule.steps, *x.shape[1:], x.dtype, x.device.type)
+    shape = tuple(x.shape[1:]) if slices is None else slices.shape
+    segments = segments_of(schedule.steps, *shape, x.dtype, x.device.type)
     # One matrix after the other where a batched product gains nothing: on a CPU the working set then fits its caches
-    one_by_one = x.shape[0] == 1 or (x.device.type == "cpu" and min(x.shape[1:]) >= 192)
+    one_by_one = x.shape[0] == 1 or (x.device.type == "cpu" and min(shape) >= 192)
     for k in range(x.shape[0]) if one_by_one else [slice(None)]:
-        _iterate(x[k], y[k], schedule, segments, None if moments is None else moments[k, 1:])
+        _iterate(x[k], y[k], schedule, segments, None if moments is None else moments[k, 1:], slices)
     result = y if len(segments) % 2 else x
     return result if dominant is None else result.add_(dominant)
 
 
-def _iterate(x: Tensor, y: Tensor, schedule: Schedule, segments: Sequence[int], moments: Tensor | None) -> None:
+def _iterate(
+    x: Tensor, y: Tensor, schedule: Schedule, segments: Sequence[int], moments: Tensor | None, slices: Slices | None = None
+) -> None:
     """Newton–Schulz in segments, one matrix or a batch: of each, A = XXᵀ, steps on A alone, and X ← RX (XᵀX and XR where X is tall).
 
     With P = bA + cA² a segment of one step is X ← aX + PX; in longer ones R ← aR + PR (at first a + P) and A ← QAQ, Q = a + P.
     Works in x and y in turns: the result is in y after an odd number of segments.
     """
     product, multiply_add = (torch.mm, torch.addmm) if x.ndim == 2 else (torch.bmm, torch.baddbmm)
-    tall, small = x.shape[-2] > x.shape[-1], min(x.shape[-2:])
+    tall = x.shape[-2] > x.shape[-1] if slices is None else slices.dim == 0
+    small = x.shape[-1 if tall else -2]
     gram, polynomial = (x.new_empty(*x.shape[:-2], small, small) for _ in range(2))
     root, spare = (torch.empty_like(gram) if max(segments) > 1 else gram for _ in range(2))
     k = 0
     for length in segments:
         symmetric_product(*((x.mT, x) if tall else (x, x.mT)), gram)
+        if slices is not None:
+            slices.add_up(gram)
         for step in range(length):
             a, b, c = schedule.steps[k]
             if k == 0 and schedule.normalisation != "frobenius":
@@ -242,7 +274,10 @@ def _iterate(x: Tensor, y: Tensor, schedule: Schedule, segments: Sequence[int], 
             product(*((x, root.mT) if tall else (root, x)), out=y)  # root is symmetric but for rounding
         x, y = y, x
     if moments is not None:
-        moments[..., -1] = _inner(x, x)
+        left = _inner(x, x)
+        if slices is not None:
+            slices.add_up(left)
+        moments[..., -1] = left
 
 
 def _divide_by_schatten(x: Tensor, gram: Tensor, squared: Tensor | None) -> Tensor:

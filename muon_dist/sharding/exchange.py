@@ -17,6 +17,8 @@ from torch.profiler import record_function
 
 from .layout import Box, Fragment, box_numel, box_shape
 from .plan import Plan
+from .slicing import Slicing
+from .tasks import SLICED
 
 DTYPE_OF_WIRE = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -104,6 +106,7 @@ class BucketRoute:
 
     batches: tuple[tuple[int, ...], ...]  # the matrices that this rank orthogonalises, each tuple as one batch
     batch_shapes: tuple[tuple[int, int, int], ...]
+    slicings: tuple[Slicing | None, ...]  # of each batch, whose matrices are slices then
     wire: torch.dtype
     gathers: bool
     scatters: bool
@@ -131,8 +134,8 @@ def route_bucket(plan: Plan, bucket: int, me: int, stored_as_box: Callable[[int]
     indices = plan.buckets[bucket]
     grouped: dict[Hashable, list[int]] = {}
     for i in indices:
-        if plan.owners[i] == me:
-            grouped.setdefault((plan.matrices[i].shape, batch_keys[i]), []).append(i)
+        if plan.owners[i] in (me, SLICED):
+            grouped.setdefault((plan.matrices[i].shape, plan.slicings[i], batch_keys[i]), []).append(i)
     batches = tuple(map(tuple, grouped.values()))
     place = {i: (b, k) for b, batch in enumerate(batches) for k, i in enumerate(batch)}
 
@@ -142,16 +145,17 @@ def route_bucket(plan: Plan, bucket: int, me: int, stored_as_box: Callable[[int]
     gather_out, gather_in, scatter_out, scatter_in = per_peer(), per_peer(), per_peer(), per_peer()
     stay: list[Leg] = []
     for i in indices:
-        task, owner = plan.matrices[i], plan.owners[i]
-        fragment = plan.placements[task.parameter].fragments[me]
+        task = plan.matrices[i]
+        fragment, own = plan.placements[task.parameter].fragments[me], plan.part_of(i, me)
         for piece in plan.pieces[i]:
+            owner = plan.worker(i, piece)
             if owner != me and me not in piece.holders:
                 continue
             view = local_view(fragment, piece.box, stored_as_box(task.parameter)) if me in piece.holders else None
             slot = None
             if owner == me:
-                inside = tuple(slice(c - a, d - a) for (a, _), (c, d) in zip(task.box, piece.box, strict=True))
-                slot = Slot(*place[i], box_shape(task.box), inside)
+                inside = tuple(slice(c - a, d - a) for (a, _), (c, d) in zip(own, piece.box, strict=True))
+                slot = Slot(*place[i], box_shape(own), inside)
             leg = Leg(i, task.parameter, box_numel(piece.box), box_shape(piece.box), view, slot)
             if owner == me:
                 (stay if piece.source == me else gather_in[piece.source]).append(leg)
@@ -165,7 +169,8 @@ def route_bucket(plan: Plan, bucket: int, me: int, stored_as_box: Callable[[int]
     frozen = [tuple(map(tuple, legs)) for legs in (gather_out, gather_in, scatter_out, scatter_in)]
     return BucketRoute(
         batches=batches,
-        batch_shapes=tuple((len(batch), *plan.matrices[batch[0]].shape) for batch in batches),
+        batch_shapes=tuple((len(batch), *plan.shape_of_part(batch[0], me)) for batch in batches),
+        slicings=tuple(plan.slicings[batch[0]] for batch in batches),
         wire=DTYPE_OF_WIRE[plan.matrices[indices[0]].wire],
         gathers=plan.gathers(bucket),
         scatters=plan.scatters(bucket),
@@ -243,6 +248,15 @@ class Exchange:
         """The updates of pieces that this rank holds and owns, rounded as if they had travelled."""
         route = self.routes[bucket]
         return [(leg, _slotted(leg, batches).to(route.wire)) for leg in route.stay]
+
+    def add_up(self, tensor: Tensor) -> None:
+        """Add a tensor up over all ranks of the domain, in place; in fp32 at least. Collective."""
+        if self._group is None:
+            return
+        whole = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        dist.all_reduce(whole, group=self._group)
+        if whole is not tensor:
+            tensor.copy_(whole)
 
     def _start(self, route: BucketRoute, lane: Lane, read: Callable[[Leg], Tensor], travels: bool) -> Traffic:
         return Traffic(lane, read, travels=travels, dtype=route.wire, device=self._device, group=self._group)

@@ -8,67 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from .layout import Box, Placement, box_numel
-
-# What moving a byte costs in floating-point operations when owners are chosen: a rank that runs 400 TFLOP/s behind a
-# 100 GB/s link does 4,000 of them in the time of one byte.
-FLOPS_PER_BYTE = 4_000
+from .owners import choose, units_of
+from .slicing import Slicing, sliced_pieces
+from .tasks import SLICED, MatrixTask, Piece, held_alone
 
 # What starting one more pair of all-to-alls costs, in bytes on the wire: 40 µs at 100 GB/s.
 START_BYTES = 4 * 2**20
-
-# Work is no longer moved for balance once the busiest owner is within this factor of what can be reached.
-EVEN_ENOUGH = 1.05
-
-
-@dataclass(frozen=True, kw_only=True)
-class MatrixTask:
-    """One matrix to orthogonalise.
-
-    Attributes:
-        name: for reports.
-        parameter: position of its parameter among the domain's placements.
-        box: the matrix's place in the parameter.
-        shape: (m, n) as stored; matrices of one shape and `batch_key` are orthogonalised together.
-        flops: of its orthogonalisation.
-        form: how it is orthogonalised, in words; for reports.
-        workspace: bytes that its orthogonalisation needs beside input and output.
-        wire: the dtype's name on the wire; a bucket carries one.
-        wire_itemsize: its bytes per element.
-    """
-
-    name: str
-    parameter: int
-    box: Box
-    shape: tuple[int, int]
-    flops: int
-    workspace: int
-    wire: str
-    wire_itemsize: int
-    batch_key: Hashable = None
-    form: str = ""
-
-    @property
-    def numel(self) -> int:
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def wire_bytes(self) -> int:
-        return self.numel * self.wire_itemsize
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of a matrix as it lies on the ranks: its box, the rank whose copy the owner reads, and all that hold it."""
-
-    box: Box
-    source: int
-    holders: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +42,7 @@ class BucketLoads:
         owned: bytes of the matrices that a rank owns, as they travel.
         workspace: bytes that its largest batch needs beside.
         pieces: that it sends, receives or keeps at home, counted where each is read and where it is written.
+        added_up: (buckets,): bytes of Gram matrices that are added up over all ranks.
     """
 
     flops: np.ndarray
@@ -99,11 +51,15 @@ class BucketLoads:
     owned: np.ndarray
     workspace: np.ndarray
     pieces: np.ndarray
+    added_up: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Owners, pieces and buckets. `buckets` holds positions in `matrices`; every rank joins every bucket, in order."""
+    """Owners, pieces and buckets. `buckets` holds positions in `matrices`; every rank joins every bucket, in order.
+
+    A matrix is owned by one rank, or it is sliced: `owners` says SLICED, `slicings` how, and its pieces who works on them.
+    """
 
     placements: tuple[Placement, ...]
     matrices: tuple[MatrixTask, ...]
@@ -111,36 +67,63 @@ class Plan:
     pieces: tuple[tuple[Piece, ...], ...]
     buckets: tuple[tuple[int, ...], ...]
     n_ranks: int
+    slicings: tuple[Slicing | None, ...]
+
+    def part_of(self, matrix: int, rank: int) -> Box:
+        """What a rank works on, if it is the owner or the matrix is sliced."""
+        task, slicing = self.matrices[matrix], self.slicings[matrix]
+        return task.box if slicing is None else slicing.part(task.box, rank)
+
+    def shape_of_part(self, matrix: int, rank: int) -> tuple[int, int]:
+        """That part as rows × cols."""
+        shape, slicing = self.matrices[matrix].shape, self.slicings[matrix]
+        if slicing is None:
+            return shape
+        return (slicing.extent(rank), shape[1]) if slicing.dim == 0 else (shape[0], slicing.extent(rank))
+
+    def worker(self, matrix: int, piece: Piece) -> int:
+        """The rank that works on a piece of a matrix."""
+        return self.owners[matrix] if self.slicings[matrix] is None else piece.owner
 
     def digest(self) -> str:
         """A hash of everything that ranks must agree on."""
-        agreed = (self.n_ranks, self.placements, self.matrices, self.owners, self.buckets)
+        agreed = (self.n_ranks, self.placements, self.matrices, self.owners, self.slicings, self.buckets)
         return hashlib.sha256(repr(agreed).encode()).hexdigest()
 
     def gathers(self, bucket: int) -> bool:
         """Whether anything travels to the owners in this bucket."""
-        return any(p.source != self.owners[i] for i in self.buckets[bucket] for p in self.pieces[i])
+        return any(p.source != self.worker(i, p) for i in self.buckets[bucket] for p in self.pieces[i])
 
     def scatters(self, bucket: int) -> bool:
         """Whether any update travels back in this bucket."""
-        return any(h != self.owners[i] for i in self.buckets[bucket] for p in self.pieces[i] for h in p.holders)
+        return any(h != self.worker(i, p) for i in self.buckets[bucket] for p in self.pieces[i] for h in p.holders)
 
     def bucket_loads(self) -> BucketLoads:
         """The work of every bucket on every rank."""
         shape = (len(self.buckets), self.n_ranks)
         flops, owned, workspace, pieces = (np.zeros(shape, np.int64) for _ in range(4))
         gather, scatter = np.zeros((shape[0], 2, shape[1]), np.int64), np.zeros((shape[0], 2, shape[1]), np.int64)
+        added_up = np.zeros(shape[0], np.int64)
         memo: dict[int, np.ndarray | None] = {}
         for b, bucket in enumerate(self.buckets):
             batches: dict[tuple[int, Hashable], int] = {}
             for i in bucket:
-                task, owner = self.matrices[i], self.owners[i]
-                flops[b, owner] += task.flops
-                owned[b, owner] += task.wire_bytes
-                key = (owner, (task.shape, task.batch_key))
-                batches[key] = batches.get(key, 0) + task.workspace
-                held = _held_alone(self.pieces[i], self.n_ranks, memo)
-                if held is not None:
+                task, owner, slicing = self.matrices[i], self.owners[i], self.slicings[i]
+                if slicing is None:
+                    flops[b, owner] += task.flops
+                    owned[b, owner] += task.wire_bytes
+                    key = (owner, (task.shape, task.batch_key))
+                    batches[key] = batches.get(key, 0) + task.workspace
+                else:
+                    assert task.sliced is not None
+                    lines = np.diff(slicing.bounds) * slicing.lines
+                    size_of_slice = lines * (task.wire_bytes // max(task.shape))
+                    flops[b] += task.sliced.fixed + task.sliced.per_line * lines
+                    owned[b] += size_of_slice
+                    workspace[b] = np.maximum(workspace[b], size_of_slice + task.sliced.workspace)
+                    added_up[b] += task.sliced.added_up
+                held = held_alone(self.pieces[i], self.n_ranks, memo)
+                if held is not None and slicing is None:
                     away = held * task.wire_itemsize
                     away[owner] = 0
                     gather[b, 0] += away
@@ -151,6 +134,7 @@ class Plan:
                     pieces[b, owner] += len(self.pieces[i])
                     continue
                 for piece in self.pieces[i]:
+                    owner = self.worker(i, piece)
                     size = box_numel(piece.box) * task.wire_itemsize
                     if piece.source != owner:
                         gather[b, 0, piece.source] += size
@@ -162,7 +146,7 @@ class Plan:
                     pieces[b, owner] += len(piece.holders)
             for (owner, _), size in batches.items():
                 workspace[b, owner] = max(workspace[b, owner], size)
-        return BucketLoads(flops=flops, gather=gather, scatter=scatter, owned=owned, workspace=workspace, pieces=pieces)
+        return BucketLoads(flops=flops, gather=gather, scatter=scatter, owned=owned, workspace=workspace, pieces=pieces, added_up=added_up)
 
     def loads(self) -> list[RankLoad]:
         """The cost of one step on every rank.
@@ -179,28 +163,38 @@ class Plan:
             beside = (gather[b + 1] if b + 1 < len(self.buckets) else nothing) + (scatter[b - 1] if b else nothing)
             peak = np.maximum(peak, beside + np.maximum(gather[b], scatter[b]) + work.owned[b] + work.workspace[b])
         flops = work.flops.sum(0)
-        sent, received = (work.gather[:, k].sum(0) + work.scatter[:, k].sum(0) for k in (0, 1))
+        round_trip = int(work.added_up.sum()) * 2 * (n - 1) // n  # of an all-reduce
+        sent, received = (work.gather[:, k].sum(0) + work.scatter[:, k].sum(0) + round_trip for k in (0, 1))
         return [
             RankLoad(flops=int(flops[r]), bytes_sent=int(sent[r]), bytes_received=int(received[r]), peak_bytes=int(peak[r]))
             for r in range(n)
         ]
 
     def imbalance(self) -> float:
-        """The busiest owner's FLOPs over the mean of all ranks; 1 is even."""
-        return _over_mean(np.bincount(self.owners, [t.flops for t in self.matrices], self.n_ranks).max(initial=0), self)
+        """The busiest rank's FLOPs over the mean of all ranks; 1 is even."""
+        work = self._flops()
+        return float(work.max(initial=0.0)) * self.n_ranks / float(work.sum()) if work.any() else 1.0
 
     def imbalance_lower_bound(self) -> float:
         """What no choice of owners can beat: the costliest single piece of work over the mean, and at least 1."""
-        units = [sum(self.matrices[i].flops for i in unit) for unit in _units(self.placements, self.matrices)]
-        return max(1.0, _over_mean(max(units, default=0), self))
+        owned = [i for i, owner in enumerate(self.owners) if owner != SLICED]
+        largest = max((sum(self.matrices[i].flops for i in unit) for unit in units_of(self.placements, self.matrices, owned)), default=0)
+        total = float(self._flops().sum())
+        return max(1.0, largest * self.n_ranks / total) if total else 1.0
+
+    def _flops(self) -> np.ndarray:
+        """(ranks,): FLOPs of a step."""
+        own = [(owner, task.flops) for owner, task in zip(self.owners, self.matrices, strict=True) if owner != SLICED]
+        work = np.bincount([owner for owner, _ in own], [flops for _, flops in own], self.n_ranks)
+        for task, slicing in zip(self.matrices, self.slicings, strict=True):
+            if slicing is not None and task.sliced is not None:
+                work = work + task.sliced.fixed + task.sliced.per_line * slicing.lines * np.diff(slicing.bounds)
+        return work
 
 
-def _over_mean(flops: float, plan: Plan) -> float:
-    total = sum(task.flops for task in plan.matrices)
-    return float(flops) * plan.n_ranks / total if total else 1.0
-
-
-def make_plan(placements: Sequence[Placement], matrices: Sequence[MatrixTask], *, n_ranks: int, bucket_bytes: int) -> Plan:
+def make_plan(
+    placements: Sequence[Placement], matrices: Sequence[MatrixTask], *, n_ranks: int, bucket_bytes: int, placement: str = "owner"
+) -> Plan:
     """Choose an owner for every matrix and cut the work into buckets.
 
     Owners: a matrix goes to the rank that holds most of it; one that no rank holds more of than others, costliest first, to
@@ -210,13 +204,22 @@ def make_plan(placements: Sequence[Placement], matrices: Sequence[MatrixTask], *
 
     Buckets: each owner's matrices, largest shapes first and equal shapes side by side, are cut where one rank would
     receive more than `bucket_bytes`, or more than `_cut_bytes` finds worth waiting for; bucket k joins the k-th cut of every owner, so
-    all owners work at the same time. A matrix larger than that is a cut of its own.
+    all owners work at the same time. A matrix larger than that is a cut of its own. Sliced matrices come last, in buckets of their own.
+
+    `placement`: see `owners.choose`.
     """
     all_pieces = _pieces_of(placements, matrices)
-    owners = _choose_owners(placements, matrices, all_pieces, n_ranks)
+    owners, slicings = choose(placements, matrices, all_pieces, n_ranks, placement)
+    memo: dict[tuple[int, Box], tuple[Piece, ...]] = {}
     sent = np.zeros(n_ranks, np.int64)
     pieces = []
-    for task, owner, parts in zip(matrices, owners, all_pieces, strict=True):
+    for task, owner, parts, slicing in zip(matrices, owners, all_pieces, slicings, strict=True):
+        if slicing is not None:
+            key = (id(parts), task.box)
+            if key not in memo:
+                memo[key] = sliced_pieces(parts, slicing, task.box)
+            pieces.append(memo[key])
+            continue
         if all(len(piece.holders) == 1 for piece in parts):
             pieces.append(parts)
             continue
@@ -227,7 +230,8 @@ def make_plan(placements: Sequence[Placement], matrices: Sequence[MatrixTask], *
                 sent[source] += box_numel(piece.box) * task.wire_itemsize
             own.append(Piece(piece.box, source, piece.holders))
         pieces.append(tuple(own))
-    buckets = _cut_buckets(matrices, owners, min(bucket_bytes, _cut_bytes(matrices, owners)) if n_ranks > 1 else bucket_bytes)
+    most = min(bucket_bytes, _cut_bytes(matrices, owners)) if n_ranks > 1 else bucket_bytes
+    buckets = _cut_buckets(matrices, owners, most) + _cut_sliced(matrices, slicings, bucket_bytes, n_ranks)
     return Plan(
         placements=tuple(placements),
         matrices=tuple(matrices),
@@ -235,6 +239,7 @@ def make_plan(placements: Sequence[Placement], matrices: Sequence[MatrixTask], *
         pieces=tuple(pieces),
         buckets=buckets,
         n_ranks=n_ranks,
+        slicings=tuple(slicings),
     )
 
 
@@ -251,131 +256,40 @@ def _pieces_of(placements: Sequence[Placement], matrices: Sequence[MatrixTask]) 
     return result
 
 
-def _held_alone(pieces: tuple[Piece, ...], n_ranks: int, memo: dict[int, np.ndarray | None]) -> np.ndarray | None:
-    """Elements per rank where every piece has one holder, else None."""
-    if id(pieces) not in memo:
-        alone = all(len(piece.holders) == 1 for piece in pieces)
-        sizes = [box_numel(piece.box) for piece in pieces]
-        memo[id(pieces)] = np.bincount([p.source for p in pieces], sizes, n_ranks).astype(np.int64) if alone else None
-    return memo[id(pieces)]
-
-
-def _units(placements: Sequence[Placement], matrices: Sequence[MatrixTask]) -> list[list[int]]:
-    """Matrices that must share an owner: those of one replicated parameter; every other matrix is by itself."""
-    units: dict[tuple[int, int], list[int]] = {}
-    for i, task in enumerate(matrices):
-        key = (task.parameter, -1 if placements[task.parameter].replicated else i)
-        units.setdefault(key, []).append(i)
-    return list(units.values())
-
-
-def _choose_owners(
-    placements: Sequence[Placement],
-    matrices: Sequence[MatrixTask],
-    pieces: Sequence[tuple[Piece, ...]],
-    n_ranks: int,
-) -> list[int]:
-    units = sorted(_units(placements, matrices), key=lambda u: (-sum(matrices[i].flops for i in u), matrices[u[0]].name, u[0]))
-    memo: dict[int, np.ndarray | None] = {}
-    work = np.array([sum(matrices[i].flops for i in unit) for unit in units], float)
-    missing = np.array([_missing_bytes(unit, placements, matrices, pieces, n_ranks, memo) for unit in units]).reshape(len(units), n_ranks)
-    cost = work[:, None] + FLOPS_PER_BYTE * missing  # of a unit on a rank
-
-    owner_of = np.full(len(units), -1)
-    load = np.zeros(n_ranks)
-    has_home = missing.min(axis=1, initial=np.inf) < missing.mean(axis=1) if len(units) else np.zeros(0, bool)
-    for u in np.flatnonzero(has_home):
-        home = np.flatnonzero(missing[u] == missing[u].min())
-        owner_of[u] = home[np.argmin(load[home])]
-        load[owner_of[u]] += cost[u, owner_of[u]]
-    for u in np.flatnonzero(~has_home):
-        owner_of[u] = np.argmin(load + cost[u])
-        load[owner_of[u]] += cost[u, owner_of[u]]
-
-    even = EVEN_ENOUGH * max(work.sum() / n_ranks, work.max(initial=0.0))
-    for _ in range(4 * len(units)):  # relieve the busiest rank while that pays for the way
-        busiest = int(np.argmax(load))
-        own = np.flatnonzero(owner_of == busiest)
-        if work[own].sum() <= even:
-            break
-        step = min(_best_move(own, busiest, load, cost), _best_swap(own, busiest, load, cost, owner_of))
-        if step[0] >= load[busiest]:
-            break
-        _, away, to, back = step
-        for moved, origin, goal in ((away, busiest, to), (back, to, busiest)):
-            if moved >= 0:
-                load[origin] -= cost[moved, origin]
-                load[goal] += cost[moved, goal]
-                owner_of[moved] = goal
-
-    owners = [0] * len(matrices)
-    for unit, owner in zip(units, owner_of, strict=True):
-        for i in unit:
-            owners[i] = int(owner)
-    return owners
-
-
-Relief = tuple[float, int, int, int]  # the later of two ranks' ends; the unit that leaves the busiest, where to, and what comes back or -1
-
-
-def _best_move(own: np.ndarray, busiest: int, load: np.ndarray, cost: np.ndarray) -> Relief:
-    """Of the busiest rank's units, the one to move away, and where to."""
-    target = np.argmin(load + cost[own], axis=1)
-    after = np.maximum(load[busiest] - cost[own, busiest], load[target] + cost[own, target])
-    best = int(np.argmin(after))
-    return float(after[best]), int(own[best]), int(target[best]), -1
-
-
-def _best_swap(own: np.ndarray, busiest: int, load: np.ndarray, cost: np.ndarray, owner_of: np.ndarray) -> Relief:
-    """Of the busiest rank's units, the one to swap for another rank's, and that one."""
-    others = np.flatnonzero(owner_of != busiest)
-    if not others.size:
-        return math.inf, -1, -1, -1
-    at = owner_of[others]
-    here = load[busiest] - cost[own, busiest][:, None] + cost[others, busiest][None, :]
-    there = (load[at] - cost[others, at])[None, :] + cost[np.ix_(own, at)]
-    after = np.maximum(here, there)
-    u, v = divmod(int(np.argmin(after)), len(others))
-    return float(after[u, v]), int(own[u]), int(at[v]), int(others[v])
-
-
-def _missing_bytes(
-    unit: Sequence[int],
-    placements: Sequence[Placement],
-    matrices: Sequence[MatrixTask],
-    pieces: Sequence[tuple[Piece, ...]],
-    n_ranks: int,
-    memo: dict[int, np.ndarray | None],
-) -> np.ndarray:
-    """What would travel if a rank owned the unit, for each rank: the bytes it doesn't hold come in, and their update goes out."""
-    missing = np.zeros(n_ranks)
-    for i in unit:
-        task = matrices[i]
-        if placements[task.parameter].replicated:
-            continue
-        missing += 2 * task.wire_bytes
-        held = _held_alone(pieces[i], n_ranks, memo)
-        if held is not None:
-            missing -= 2 * held * task.wire_itemsize
-            continue
-        for piece in pieces[i]:
-            missing[list(piece.holders)] -= 2 * box_numel(piece.box) * task.wire_itemsize
-    return missing
-
-
 def _cut_bytes(matrices: Sequence[MatrixTask], owners: Sequence[int]) -> int:
     """How much an owner should gather at a time, so that a step waits least.
 
     Nothing hides the first gather and the last scatter. In k cuts of B bytes these take 2B/k; every cut costs START_BYTES; the sum is
     least at k = √(2B / START_BYTES).
     """
-    owned = np.bincount(owners, [task.wire_bytes for task in matrices]).max(initial=0.0)
+    own = [(owner, task.wire_bytes) for owner, task in zip(owners, matrices, strict=True) if owner != SLICED]
+    owned = np.bincount([owner for owner, _ in own], [size for _, size in own]).max(initial=0.0)
     cuts = max(1, round(math.sqrt(2 * owned / START_BYTES)))
     return max(1, math.ceil(owned / cuts))
 
 
+def _largest_first(matrices: Sequence[MatrixTask], among: Iterable[int]) -> list[int]:
+    return sorted(among, key=lambda i: (-matrices[i].numel, matrices[i].shape, repr(matrices[i].batch_key), i))
+
+
+def _cut_sliced(
+    matrices: Sequence[MatrixTask], slicings: Sequence[Slicing | None], bucket_bytes: int, n_ranks: int
+) -> tuple[tuple[int, ...], ...]:
+    """Buckets of sliced matrices, cut where a rank's slices are more than `bucket_bytes`."""
+    buckets: list[list[int]] = []
+    size, wire = 0, ""
+    for i in sorted(_largest_first(matrices, (i for i, s in enumerate(slicings) if s is not None)), key=lambda i: matrices[i].wire):
+        part = matrices[i].wire_bytes // n_ranks
+        if not buckets or size + part > bucket_bytes or matrices[i].wire != wire:
+            buckets.append([])
+            size, wire = 0, matrices[i].wire
+        buckets[-1].append(i)
+        size += part
+    return tuple(map(tuple, buckets))
+
+
 def _cut_buckets(matrices: Sequence[MatrixTask], owners: Sequence[int], bucket_bytes: int) -> tuple[tuple[int, ...], ...]:
-    order = sorted(range(len(matrices)), key=lambda i: (-matrices[i].numel, matrices[i].shape, repr(matrices[i].batch_key), i))
+    order = _largest_first(matrices, (i for i, owner in enumerate(owners) if owner != SLICED))
     buckets: dict[tuple[str, int], list[int]] = {}
     filled: dict[tuple[str, int], tuple[int, int]] = {}  # (wire dtype, owner) -> (its current cut, bytes in it)
     for i in order:
