@@ -103,26 +103,29 @@ def test_kernels_experts_and_fused_projections_can_be_sliced(world: int) -> None
         assert (update - owned[name]).norm() <= 1e-10 * owned[name].norm(), name
 
 
-def flat_update(placement: str) -> torch.Tensor:
-    """A flat buffer of two matrices cut at an element, as ZeRO cuts it: the second rank holds the end of one and most of the other."""
-    rank, shapes, cut = torch.distributed.get_rank(), {"a": (11, 7), "b": (5, 9)}, 61
+def flat_update(placement: str, matrices: list[tuple[tuple[int, int], int]]) -> torch.Tensor:
+    """Matrices that two ranks store flat: the first so many elements of each, the second the rest."""
+    rank, local, layouts = torch.distributed.get_rank(), {}, {}
     generator = torch.Generator().manual_seed(3)
-    values, grads = ({k: torch.randn(s, generator=generator, dtype=torch.float64) for k, s in shapes.items()} for _ in range(2))
-    at, local, layouts = 0, {}, {}
-    for name, shape in shapes.items():
-        numel = shape[0] * shape[1]
-        split = min(max(cut - at, 0), numel)
-        span = (0, split) if rank == 0 else (split, numel)
-        local[name] = nn.Parameter(values[name].flatten()[slice(*span)].clone())
-        local[name].grad = grads[name].flatten()[slice(*span)].clone()
-        layouts[name] = ShardLayout(global_shape=shape, span=span)
-        at += numel
+    for k, (shape, cut) in enumerate(matrices):
+        value, grad = (torch.randn(shape, generator=generator, dtype=torch.float64).flatten() for _ in range(2))
+        span = (0, cut) if rank == 0 else (cut, len(value))
+        local[f"w{k}"] = nn.Parameter(value[slice(*span)].clone())
+        local[f"w{k}"].grad = grad[slice(*span)].clone()
+        layouts[f"w{k}"] = ShardLayout(global_shape=shape, span=span)
     MuonDist(local.items(), lr=1.0, weight_decay=0.0, layouts=layouts, ns_steps=5, placement=placement).step()
     return torch.cat([p.detach() for p in local.values()])
 
 
-def test_flat_fragments_travel_to_slices_and_back() -> None:
-    for owned, sliced in zip(*(run_ranks(2, flat_update, placement) for placement in ("owner", "gram")), strict=True):
+FLAT = {
+    "a buffer cut at an element": [((11, 7), 61), ((5, 9), 0)],
+    "one shape cut at several rows": [((10, 3), 18), ((10, 3), 12), ((10, 3), 18), ((10, 3), 30)],
+}
+
+
+@pytest.mark.parametrize("matrices", FLAT.values(), ids=FLAT.keys())
+def test_flat_fragments_travel_to_slices_and_back(matrices: list[tuple[tuple[int, int], int]]) -> None:
+    for owned, sliced in zip(*(run_ranks(2, flat_update, placement, matrices) for placement in ("owner", "gram")), strict=True):
         assert (owned - sliced).norm() <= 1e-10 * owned.norm()
 
 
