@@ -81,7 +81,7 @@ class Part:
         groups: complete parameter groups (`muon_dist.groups.read_groups`), which hold the hyperparameters.
         state_of: gives the state of one of the host's tensors, laid out as the tensor: "momentum_buffer", or AdamW's, and "step".
         spectra: the rows of measured spectra, by the names of parameters; filled as they are measured.
-        bucket_mb: MiB that an owner gathers at a time.
+        bucket_mb, placement: as `MuonDist` takes them.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class Part:
         spectra: dict[str, Tensor],
         *,
         bucket_mb: float,
+        placement: str,
     ) -> None:
         self._state_of, self._spectra = state_of, spectra
         self._views = [(view, nn.Parameter(view.of(view.tensor.detach()))) for view in views]
@@ -104,7 +105,7 @@ class Part:
             options[view.group]["params"].append((view.name, p))
             options[view.group]["reasons"].append(view.reason)
         layouts = {view.name: view.layout for view in views}
-        self.optimizer = _Steps(options.values(), layouts=layouts, ns_steps=5, bucket_mb=bucket_mb)
+        self.optimizer = _Steps(options.values(), layouts=layouts, ns_steps=5, bucket_mb=bucket_mb, placement=placement)
         self._counted = list({id(v.tensor): v.tensor for v in views if groups[v.group]["algorithm"] == "muon"}.values())
         self._link_state()
 

@@ -17,6 +17,7 @@ from .polar.polynomials import JORDAN, Schedule, schedule_for
 from .polar.scaling import update_scale
 from .routing import ALGORITHMS, Route, refuse_flattened, route_parameter
 from .sharding.layout import ShardLayout
+from .sharding.owners import PLACEMENTS
 from .spectrum.controller import Policy
 
 # Keys that describe a group itself; a loaded state dict never changes them.
@@ -152,6 +153,14 @@ def group_routes(group: Mapping[str, Any]) -> list[tuple[Route, Tensor]]:
         (Route(name=name, algorithm=group["algorithm"] if p.requires_grad else "frozen", reason=reason, view=view), p)
         for name, reason, p in zip(names, group["reasons"], members, strict=True)
     ]
+
+
+def check_placement(placement: Any, bucket_mb: Any) -> None:
+    """Raise a ValueError where these arguments of `MuonDist`, which are not of groups, are none."""
+    if placement not in PLACEMENTS:
+        raise ValueError(f"placement={placement!r}: choose one of {', '.join(PLACEMENTS)}")
+    if isinstance(bucket_mb, bool) or not isinstance(bucket_mb, (int, float)) or not bucket_mb > 0:
+        raise ValueError(f"bucket_mb must be a positive number of MiB, got {bucket_mb!r}")
 
 
 def check_group(group: Mapping[str, Any]) -> None:

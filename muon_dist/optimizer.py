@@ -27,7 +27,7 @@ from .adaptation import blank_rows
 from .agreement import agree_on_gradients
 from .binding import BoundParameter, Domain, all_gather_rows, bind_domains, local_tensor, rebalanced, wait_in_time
 from .elementwise import adamw_step, decay, local_gradient, momentum_forms
-from .groups import GROUP_KEYS, POLICY_KEYS, check_group, group_routes, policy_of, read_groups, translate_state_groups
+from .groups import GROUP_KEYS, POLICY_KEYS, check_group, check_placement, group_routes, policy_of, read_groups, translate_state_groups
 from .polar.matrix_view import matrices_of
 from .polar.newton_schulz import Slices, moment_count, orthogonalize_batch
 from .polar.polynomials import Polynomial, Schedule
@@ -35,7 +35,6 @@ from .polar.scaling import update_scale
 from .routing import Route
 from .sharding.exchange import Leg, Traffic
 from .sharding.layout import ShardLayout
-from .sharding.owners import PLACEMENTS
 from .sharding.plan import Plan
 from .sharding.slicing import Slicing
 from .sharding.state import complete_replicas, elsewhere, fit_state, is_absent, is_elsewhere, is_unset, unset
@@ -142,10 +141,7 @@ class MuonDist(torch.optim.Optimizer):
     ) -> None:
         if nonfinite not in ("skip", "raise"):
             raise ValueError(f"nonfinite={nonfinite!r}: choose 'skip' or 'raise'")
-        if isinstance(bucket_mb, bool) or not isinstance(bucket_mb, (int, float)) or not bucket_mb > 0:
-            raise ValueError(f"bucket_mb must be a positive number of MiB, got {bucket_mb!r}")
-        if placement not in PLACEMENTS:
-            raise ValueError(f"placement={placement!r}: choose one of {', '.join(PLACEMENTS)}")
+        check_placement(placement, bucket_mb)
         if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
             raise ValueError(f"process_group must be a torch.distributed process group or None, got {process_group!r}")
         for name, layout in (layouts or {}).items():

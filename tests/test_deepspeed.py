@@ -11,6 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from muon_dist.sharding.tasks import SLICED
+
 from . import deepspeed_hosts as hosts
 from .ranks import run_ranks
 from .recording import Collectives, Recorder
@@ -93,6 +95,20 @@ def test_with_the_settings_of_zero(setting: str) -> None:
     stage, dtype, zero = SETTINGS[setting]
     more = {"gradient_accumulation_steps": 4, "gradient_clipping": 0.05}
     assert worst(2, update, stage, dtype, zero, more) < FP32
+
+
+@pytest.mark.parametrize(("stage", "n"), [(1, 2), (2, 3), (3, 2)])
+def test_where_all_ranks_work_on_slices(stage: int, n: int) -> None:
+    assert worst(n, sliced_update, stage) < FP32
+
+
+def sliced_update(stage: int) -> dict[str, float]:
+    ds_config = hosts.config(stage, params={"placement": "gram"})
+    engine = hosts.start(ds_config)
+    errors = hosts.update_errors(engine, ds_config["optimizer"]["params"], 2)
+    owners = {owner for part in engine.basic_optimizer._parts for d in part.optimizer._domains for owner in d.plan.owners}
+    assert owners == {SLICED}
+    return errors
 
 
 def independent_gradients(stage: int, clipping: float) -> list[float]:

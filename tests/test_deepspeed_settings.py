@@ -33,7 +33,8 @@ def test_names_of_deepspeed_and_ours() -> None:
 
 @pytest.mark.parametrize("key", sorted(set(read()) - {"eps", "telemetry_dir", "telemetry_sinks"}))
 def test_every_argument_of_the_optimizer_is_taken(key: str) -> None:
-    assert read(**{key: 0.5})[key] == 0.5
+    value = "gram" if key == "placement" else 0.5
+    assert read(**{key: value})[key] == value
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,8 @@ def test_every_argument_of_the_optimizer_is_taken(key: str) -> None:
         ({"process_group": None}, "DeepSpeed tells who shares"),
         ({"adam_w_mode": False}, '"adam_w_mode": False can\'t be met'),
         ({"fp32_optimizer_states": False}, "can't be met"),
+        ({"placement": "shards"}, "choose one of owner, gram, auto"),
+        ({"bucket_mb": 0}, "bucket_mb must be a positive number"),
         ({"betas": [0.9, 0.9], "adam_betas": [0.9, 0.9]}, "say the same"),
     ],
 )

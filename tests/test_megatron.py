@@ -73,6 +73,19 @@ def test_every_update_equals_the_reference_with(ranks: int, setup: Setup, muon: 
     check(ranks, setup, muon=muon)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "setup"), [(2, Setup(tp=2)), (4, dataclasses.replace(FLAT, tp=2)), (3, FLAT)], ids=["tp", "tp, flat", "flat"]
+)
+def test_every_update_equals_the_reference_where_all_ranks_work_on_slices(ranks: int, setup: Setup) -> None:
+    check(ranks, setup, {"muon_placement": "gram"})
+    for collectives in run_ranks(ranks, collectives_of_slices, setup):
+        assert "allreduce_" in collectives  # Gram matrices
+
+
+def collectives_of_slices(setup: Setup) -> list[str]:
+    return recorded(setup, muon_placement="gram")[3]
+
+
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_fused_projections_as_one_matrix(tp: int) -> None:
     """As Megatron's own Muon takes gate and up, and with --muon-no-split-qkv q, k and v; at any tensor-parallel size."""

@@ -385,6 +385,7 @@ def test_changing_ns_steps_in_a_group_takes_effect() -> None:
         ({"process_group": "world"}, "process_group must be"),
         ({"layouts": {"w": (4, 4)}}, "must be a ShardLayout"),
         ({"bucket_mb": 0}, "bucket_mb must be"),
+        ({"placement": "shard"}, "choose one of owner, gram, auto"),
         ({"eps": -1}, "eps must be"),
         ({"nonfinite": "ignore"}, "choose 'skip' or 'raise'"),
     ],

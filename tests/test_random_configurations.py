@@ -165,6 +165,7 @@ ARGUMENTS = {
     "compute_dtype": maybe(mostly(["fp32", "fp64", torch.float32], ["int8", torch.int32, "bf17"])),
     "wire_dtype": maybe(mostly(["fp32", "bf16", torch.float64], ["fp16", "fp8"])),
     "bucket_mb": maybe(mostly([0.001, 1, 64], [0, -1, "big", True])),
+    "placement": maybe(mostly(["owner", "gram", "auto"], ["shard", 3])),
     "eps": maybe(mostly([1e-20, 1e-7], [-1.0, "x"])),
     "nonfinite": maybe(mostly(["skip", "raise"], ["ignore"])),
     "extra_scale_factor": maybe(mostly([1.0, 0.2], [float("nan"), "x"])),

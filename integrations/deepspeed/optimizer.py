@@ -140,8 +140,8 @@ class MuonDist(torch.optim.Optimizer):
 
         device = torch.device(get_accelerator().current_device_name())
         views = [views_of(stores, self._every_group, names, holders, self._tensor_parallel, device) for stores in host.calls]
-        bucket_mb = self._arguments["bucket_mb"]
-        parts = [Part(each, self._every_group, lambda t: self.state[t], self._spectra, bucket_mb=bucket_mb) for each in views]
+        travel = {key: self._arguments[key] for key in ("bucket_mb", "placement")}
+        parts = [Part(each, self._every_group, lambda t: self.state[t], self._spectra, **travel) for each in views]
         sizes = {name: math.prod(whole_shape(p, name)) for p, name in names.items() if p.requires_grad}
         trained = [route.name for route in self.routes if route.algorithm == "muon"]
         told: list[Any] = [None] * dist.get_world_size()

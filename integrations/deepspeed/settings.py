@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from muon_dist.groups import check_placement
+
 from ..part import DEFAULTS
 
 # build_param_groups' own
@@ -56,6 +58,7 @@ def read_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
     polynomial = arguments.get("polynomial")
     if isinstance(polynomial, list):  # JSON has no tuples
         arguments["polynomial"] = tuple(tuple(step) if isinstance(step, list) else step for step in polynomial)
+    check_placement(*(arguments.get(key, DEFAULTS[key]) for key in ("placement", "bucket_mb")))
     return {**{k: v for k, v in DEFAULTS.items() if k not in _NOT_HERE}, **arguments}, patterns
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from muon_dist.sharding.owners import PLACEMENTS
+
 from .settings import GIVEN, NAME, TOLD_APART
 
 # Set on Megatron's parsed flags where --optimizer is muon_dist. Megatron itself reads "adam" there: it refuses the distributed
@@ -61,6 +63,7 @@ def add_muon_dist_args(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     add("--muon-deflation", type=int, default=0, help="Dominant directions that are taken out first (0).")
     add("--muon-wire-dtype", choices=["bf16", "fp32"], help="What travels between ranks: bf16 on GPUs, fp32 on CPUs.")
     add("--muon-bucket-mb", type=float, default=64, help="MiB that an owner gathers at a time (64).")
+    add("--muon-placement", choices=PLACEMENTS, default="owner", help="Who works on a matrix: an owner, all ranks on slices, or by cost.")
     add("--muon-params", nargs="+", default=(), metavar="PATTERN", help="Names of parameters that go to Muon whatever the rules say.")
     add("--muon-adamw-params", nargs="+", default=(), metavar="PATTERN", help="Names of parameters that go to AdamW: router, …")
     add("--muon-telemetry-dir", metavar="DIR", help="Where measured spectra go, as lines of JSON; `muon-dist spectrum DIR` shows them.")

@@ -88,7 +88,8 @@ class MuonDist(torch.optim.Optimizer):
             self._bound = True
             return None
         self._refuse_unlike(unlike, views)
-        self._part = Part(views, self._groups, self._state_of, self._spectra, bucket_mb=self._config.muon_bucket_mb)
+        bucket_mb, placement = self._config.muon_bucket_mb, self._config.muon_placement
+        self._part = Part(views, self._groups, self._state_of, self._spectra, bucket_mb=bucket_mb, placement=placement)
         self._bound = True
         optimizer = self._part.optimizer
         optimizer._all_names, optimizer._model_numel, optimizer._telemetry = self.all_names, self.model_numel, self.telemetry

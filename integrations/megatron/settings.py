@@ -11,6 +11,7 @@ from typing import Any
 from megatron.core.optimizer import OptimizerConfig
 from torch import nn
 
+from muon_dist.groups import check_placement
 from muon_dist.polar.polynomials import Coefficients
 
 NAME = "muon_dist"
@@ -44,6 +45,7 @@ class MuonDistConfig(OptimizerConfig):
     muon_deflation: int = 0
     muon_wire_dtype: str | None = None
     muon_bucket_mb: float = 64
+    muon_placement: str = "owner"  # or "gram", "auto"
     muon_params: Sequence[str] = field(default_factory=tuple)  # patterns of names that go to Muon whatever the rules say
     muon_adamw_params: Sequence[str] = field(default_factory=tuple)  # … and to AdamW
     muon_telemetry_dir: str | None = None
@@ -145,6 +147,7 @@ def arguments(config: Any) -> dict[str, Any]:
     precision = config.muon_fp32_matmul_prec
     if precision not in ("medium", "high", "highest"):
         raise ValueError(f"muon_fp32_matmul_prec={precision!r}: choose 'medium' (bf16 on a GPU), 'high' or 'highest'")
+    check_placement(config.muon_placement, config.muon_bucket_mb)
     adjust, factor = SCALES[config.muon_scale_mode]
     return {
         "momentum": config.muon_momentum,
