@@ -47,7 +47,7 @@ def dtype_named(value: torch.dtype | str | None, what: str) -> torch.dtype | Non
 
 
 def default_compute_dtype(device: torch.device, dtype: torch.dtype, schedule: Schedule | None = None) -> torch.dtype:
-    """fp32 on a CPU (whose half precision is tens of times slower), fp64 for fp64 input; on an accelerator bf16, or fp16 for a
+    """fp32 on a CPU (whose half precision may be tens of times slower), fp64 for fp64 input; on an accelerator bf16, or fp16 for a
     schedule that reaches further down than bf16 resolves.
     """
     if dtype == torch.float64:
