@@ -73,7 +73,16 @@ def test_inspect_reads_a_module_path() -> None:
     assert "frozen" in result.stdout and "stack of 3 matrices" in result.stdout
 
 
-@pytest.mark.parametrize("config", ["llama-8b", "llama-70b", "gpt-5m", "gpt2-small"])
+def test_the_models_flops_are_those_of_the_experts_that_a_token_meets(tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    assert main(["plan", "configs/models/moe-1t.json", "--dp", "1", "--tp", "64", "--tokens", "1000", "--json", str(out)]) == 0
+    plan = json.loads(out.read_text())
+    layer = 3 * 7168 * 2048  # an expert; 376 of 384 stay idle in each of 60 layers
+    assert plan["model_flops"] == pytest.approx(6 * 1000 * (plan["parameters"] - 60 * 376 * layer), rel=1e-9)
+    assert sum(row["matrices"] for row in plan["forms"]) == len(plan["matrices"])
+
+
+@pytest.mark.parametrize("config", ["llama-8b", "llama-70b", "gpt-5m", "gpt2-small", "gpt2-medium"])
 def test_plan_writes_what_it_prints(tmp_path: Path, config: str) -> None:
     out = tmp_path / "plan.json"
     result = command("plan", f"configs/models/{config}.json", "--dp", "4", "--tp", "2", "--zero", "1", "--json", str(out))

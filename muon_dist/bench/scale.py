@@ -6,7 +6,6 @@ four, and the error is printed. Then it predicts large jobs from rates that are 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -26,7 +25,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.multiprocessing.spawn import spawn
 
 from ..binding import matrix_tasks
-from ..cli.models import ModelParameter, model_parameters
+from ..cli.models import ModelParameter, active_share, model_parameters
 from ..cli.plan import placements
 from ..cli.table import si, table, write_json
 from ..optimizer import MuonDist
@@ -144,13 +143,9 @@ def jobs() -> list[Job]:
 
 
 def _job(model: str, *, tp: int, experts_over: int = 1) -> Job:
-    path = CONFIGS / f"{model}.json"
-    parameters = model_parameters(str(path))
-    config = json.loads(path.read_text())
-    idle = 1 - config["num_experts_per_tok"] / config["num_experts"] if "num_experts" in config else 0.0
-    numels = {p.name: math.prod(p.shape) for p in parameters}
-    active = 1 - idle * sum(numel for name, numel in numels.items() if ".experts." in name) / sum(numels.values())
-    return Job(name=model, parameters=parameters, tp=tp, experts_over=experts_over, active=active)
+    path = str(CONFIGS / f"{model}.json")
+    parameters = model_parameters(path)
+    return Job(name=model, parameters=parameters, tp=tp, experts_over=experts_over, active=active_share(path, parameters))
 
 
 def predict(job: Job, ranks: int, steps: int, bucket_mb: float, rates: Rates, placement: str = "owner") -> tuple[Timeline, int, float]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,16 @@ def model_parameters(model: str) -> list[ModelParameter]:
         ValueError: no such file or module, or a config that lacks something.
     """
     return _from_config(Path(model)) if model.endswith(".json") else _from_module(model)
+
+
+def active_share(model: str, parameters: Sequence[ModelParameter]) -> float:
+    """The share of a model's parameters that a token passes through: below 1 where a config has experts."""
+    config = json.loads(Path(model).read_text()) if model.endswith(".json") else {}
+    if not config.get("num_experts"):
+        return 1.0
+    numels = {p.name: math.prod(p.shape) for p in parameters}
+    experts = sum(numel for name, numel in numels.items() if ".experts." in name)
+    return 1 - experts / sum(numels.values()) * (1 - config["num_experts_per_tok"] / config["num_experts"])
 
 
 def _from_config(path: Path) -> list[ModelParameter]:

@@ -20,7 +20,7 @@ from ..sharding.tasks import SLICED, MatrixTask
 from ..spectrum.controller import Policy
 from ..spectrum.moments import Spectrum
 from ..spectrum.scaling_law import layer_kind, relative_depths, shipped_laws
-from .models import ModelParameter, model_parameters
+from .models import ModelParameter, active_share, model_parameters
 from .table import si, table, write_json
 
 STATE_BYTES = 4  # fp32, per element of momentum or of one of AdamW's two moments
@@ -179,7 +179,7 @@ def run(
     loads = plan.loads()
     total = sum(load.flops for load in loads)
     numel = sum(math.prod(p.shape) for p in parameters)
-    model_flops = 6 * numel * tokens
+    model_flops = int(6 * numel * active_share(config, parameters) * tokens)
     content: dict[str, Any] = {
         "model": config,
         "dp": dp,
