@@ -11,7 +11,6 @@ import os
 import platform
 import statistics
 import tempfile
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from ..sharding.layout import Placement, fragment_numel
 from ..sharding.plan import Plan, make_plan
 from ..sharding.tasks import MatrixTask
 from .simulation import APPLY_BYTES, MOMENTUM_BYTES, Rates, Timeline, Work, simulate
-from .step import GPT2_SMALL_LAYER, on_rank
+from .step import GPT2_SMALL_LAYER, on_rank, times_in_turns
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "models"  # of the repository
 SHAPES = list(GPT2_SMALL_LAYER.values()) * 2  # what is measured here: the matrices of two GPT-2 small layers
@@ -164,7 +163,7 @@ def predict(job: Job, ranks: int, steps: int, bucket_mb: float, rates: Rates, pl
         loads = plan.bucket_loads()
         domains.append(Work(loads=loads, position=position, held=held[position]))
         adamw += rest[position]
-        sent += (loads.gather[:, 0].sum(0) + loads.scatter[:, 0].sum(0))[position]
+        sent += loads.sent_and_received()[0][position]
         imbalance = max(imbalance, plan.imbalance() / plan.imbalance_lower_bound())
     return simulate(domains, adamw, rates), int(sent.max()), imbalance
 
@@ -251,14 +250,7 @@ def _measure(rank: int, world: int, folder: str, steps: int, rounds: int) -> Non
         return MuonDist([{"params": parameters, "algorithm": "muon"}], lr=1e-3, ns_steps=steps)
 
     def median(work: Any) -> float:
-        times = []
-        for _ in range(rounds + 1):
-            dist.barrier()
-            started = time.perf_counter()
-            work()
-            dist.barrier()
-            times.append(time.perf_counter() - started)
-        return statistics.median(times[1:])
+        return statistics.median(times_in_turns({"work": work}, rounds)["work"])
 
     own = optimizer(SHAPES)
     figures: dict[str, Any] = {"step": median(own.step), "loads": own._domains[0].plan.bucket_loads()}

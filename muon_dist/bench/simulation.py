@@ -36,7 +36,7 @@ class Rates:
 
     def shared_by(self, ranks: int) -> Rates:
         """The rates of one of several ranks that share this machine's processors and memory."""
-        return replace(self, products=self.products / ranks, memory=self.memory / ranks, link=self.link / ranks, host=self.host)
+        return replace(self, products=self.products / ranks, memory=self.memory / ranks, link=self.link / ranks)
 
 
 @dataclass(frozen=True, kw_only=True)

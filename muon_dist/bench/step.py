@@ -204,7 +204,7 @@ def _measure(
     for group in adaptive.param_groups:
         group["measure_every"] = MEASURE_EVERY
     sides: dict[str, Callable[[], Any]] = {FIVE: five.step, ADAPTIVE: adaptive.step, "peer": peer.step}
-    seconds = _times(sides, pairs)
+    seconds = times_in_turns(sides, pairs)
     if trace:
         traced(five.step, folder, rank)
     if rank == 0:
@@ -213,8 +213,8 @@ def _measure(
         torch.save({"peer": peer.name, "seconds": seconds, "imbalance": imbalance, "steps": steps}, os.path.join(folder, "record"))
 
 
-def _times(sides: dict[str, Callable[[], Any]], pairs: int) -> dict[str, list[float]]:
-    """Seconds of every side's steps, in turns, from when all ranks begin until all have ended; the first of each is a warm-up."""
+def times_in_turns(sides: dict[str, Callable[[], Any]], pairs: int) -> dict[str, list[float]]:
+    """Seconds of every side's work, in turns, from when all ranks begin until all have ended; the first of each is a warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(pairs + 1):
         for name, step in sides.items():

@@ -73,7 +73,7 @@ def choose(
         for count in range(len(shapes) + 1):
             sliced = [i for i in possible if matrices[i].shape in shapes[:count]]
             rest = sorted(set(range(len(matrices))) - set(sliced))
-            ends = sum(_sliced_cost(matrices[i], possible[i], n_ranks) for i in sliced)
+            ends = sum(_sliced_cost(matrices[i], possible[i]) for i in sliced)
             ends += _choose_owners(placements, matrices, pieces, n_ranks, rest)[1]
             if ends < best:
                 best, chosen = ends, sliced
@@ -83,12 +83,12 @@ def choose(
     return _choose_owners(placements, matrices, pieces, n_ranks, rest)[0], slicings
 
 
-def _sliced_cost(task: MatrixTask, slicing: Slicing, n_ranks: int) -> float:
+def _sliced_cost(task: MatrixTask, slicing: Slicing) -> float:
     """What the rank with the largest slice takes, in FLOPs: an all-reduce sends nearly everything twice."""
     assert task.sliced is not None
-    lines = max(slicing.extent(rank) for rank in range(n_ranks))
+    lines = slicing.extents.max(keepdims=True)  # of the rank with the largest slice
     travels = 0 if slicing.stays else 2 * lines * min(task.shape) * task.wire_itemsize
-    return task.sliced.fixed + task.sliced.per_line * lines + FLOPS_PER_BYTE * (2 * task.sliced.added_up + travels)
+    return float((task.sliced.flops(lines) + FLOPS_PER_BYTE * (2 * task.sliced.added_up + travels))[0])
 
 
 def _choose_owners(

@@ -53,6 +53,13 @@ class BucketLoads:
     pieces: np.ndarray
     added_up: np.ndarray
 
+    def sent_and_received(self) -> tuple[np.ndarray, np.ndarray]:
+        """(ranks,) each: bytes of all buckets, all-reduces included."""
+        n = self.flops.shape[1]
+        round_trip = int(self.added_up.sum()) * 2 * (n - 1) // n
+        sent, received = (self.gather[:, k].sum(0) + self.scatter[:, k].sum(0) + round_trip for k in (0, 1))
+        return sent, received
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -79,7 +86,8 @@ class Plan:
         shape, slicing = self.matrices[matrix].shape, self.slicings[matrix]
         if slicing is None:
             return shape
-        return (slicing.extent(rank), shape[1]) if slicing.dim == 0 else (shape[0], slicing.extent(rank))
+        lines = int(slicing.extents[rank])
+        return (lines, shape[1]) if slicing.dim == 0 else (shape[0], lines)
 
     def worker(self, matrix: int, piece: Piece) -> int:
         """The rank that works on a piece of a matrix."""
@@ -116,9 +124,8 @@ class Plan:
                     batches[key] = batches.get(key, 0) + task.workspace
                 else:
                     assert task.sliced is not None
-                    lines = np.diff(slicing.bounds) * slicing.lines
-                    size_of_slice = lines * (task.wire_bytes // max(task.shape))
-                    flops[b] += task.sliced.fixed + task.sliced.per_line * lines
+                    size_of_slice = slicing.extents * (task.wire_bytes // max(task.shape))
+                    flops[b] += task.sliced.flops(slicing.extents)
                     owned[b] += size_of_slice
                     workspace[b] = np.maximum(workspace[b], size_of_slice + task.sliced.workspace)
                     added_up[b] += task.sliced.added_up
@@ -163,8 +170,7 @@ class Plan:
             beside = (gather[b + 1] if b + 1 < len(self.buckets) else nothing) + (scatter[b - 1] if b else nothing)
             peak = np.maximum(peak, beside + np.maximum(gather[b], scatter[b]) + work.owned[b] + work.workspace[b])
         flops = work.flops.sum(0)
-        round_trip = int(work.added_up.sum()) * 2 * (n - 1) // n  # of an all-reduce
-        sent, received = (work.gather[:, k].sum(0) + work.scatter[:, k].sum(0) + round_trip for k in (0, 1))
+        sent, received = work.sent_and_received()
         return [
             RankLoad(flops=int(flops[r]), bytes_sent=int(sent[r]), bytes_received=int(received[r]), peak_bytes=int(peak[r]))
             for r in range(n)
@@ -188,7 +194,7 @@ class Plan:
         work = np.bincount([owner for owner, _ in own], [flops for _, flops in own], self.n_ranks)
         for task, slicing in zip(self.matrices, self.slicings, strict=True):
             if slicing is not None and task.sliced is not None:
-                work = work + task.sliced.fixed + task.sliced.per_line * slicing.lines * np.diff(slicing.bounds)
+                work = work + task.sliced.flops(slicing.extents)
         return work
 
 

@@ -12,6 +12,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from .layout import Box, box_shape, intersect
 from .tasks import MatrixTask, Piece
 
@@ -40,9 +42,10 @@ class Slicing:
         """A rank's slice of the matrix that lies in `box`."""
         return (*box[: self.axis], (self.bounds[rank], self.bounds[rank + 1]), *box[self.axis + 1 :])
 
-    def extent(self, rank: int) -> int:
-        """The rows or columns in a rank's slice."""
-        return (self.bounds[rank + 1] - self.bounds[rank]) * self.lines
+    @property
+    def extents(self) -> np.ndarray:
+        """(ranks,): the rows or columns in each rank's slice."""
+        return np.diff(self.bounds) * self.lines
 
 
 def slicing_of(task: MatrixTask, pieces: Sequence[Piece], n_ranks: int) -> Slicing | None:

@@ -28,6 +28,10 @@ class SlicedCost:
     added_up: int
     workspace: int
 
+    def flops(self, lines: np.ndarray) -> np.ndarray:
+        """Of ranks with so many rows or columns each."""
+        return self.fixed + self.per_line * lines
+
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixTask:
