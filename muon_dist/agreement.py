@@ -32,10 +32,12 @@ def agree_on_gradients(
         # an empty shard has no say in whether there is a gradient
         present.update(b for b in domain.parameters if b.placement.fragments[domain.me] and grads[b] is not None)
         flag = torch.tensor([0, *(b in present for b in domain.parameters)], dtype=torch.int32, device=domain.device)
-        own = [g for b in domain.parameters if (g := grads[b]) is not None and g.numel()]
-        if own:
-            largest = torch.stack([n.to(domain.device, torch.float64) for n in torch._foreach_norm(own, float("inf"))])
-            flag[0] = ~largest.isfinite().all()
+        own: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for b in domain.parameters:
+            if (g := grads[b]) is not None and g.numel():
+                own.setdefault((g.dtype, g.device), []).append(g)
+        for alike in own.values():
+            flag[0] |= (~torch.stack(torch._foreach_norm(alike, float("inf"))).isfinite().all()).to(flag.device)
         if domain.process_group is not None:
             dist.all_reduce(flag, dist.ReduceOp.SUM, group=domain.process_group)
             # equal pieces with and without a gradient would drift apart: as bad as a gradient that is not finite
@@ -49,9 +51,9 @@ def agree_on_gradients(
         dist.all_reduce(bad, dist.ReduceOp.MAX, group=flag_group)
 
     go: dict[BoundParameter, Tensor] = {}
-    finite = {device: bad.to(device) == 0 for device in {b.local.device for b in grads}}
+    finite = {device: bad.to(device) == 0 for device in {b.parameter.device for b in grads}}
     for domain, flag in zip(domains, flags, strict=True):
         for k, b in enumerate(domain.parameters):
-            everywhere = finite[b.local.device]
+            everywhere = finite[b.parameter.device]
             go[b] = everywhere if b in present else everywhere & (flag[1 + k].to(everywhere.device) > 0)
     return go, bad

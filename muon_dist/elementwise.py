@@ -53,32 +53,26 @@ def _or_zero(grad: Tensor | None, like: Tensor) -> Tensor:
     return grad if grad.stride() == like.stride() else torch.empty_like(like).copy_(grad)
 
 
-def decay(members: list[BoundParameter], factor: float, go: dict[BoundParameter, Tensor]) -> None:
-    """Multiply parameters by `factor` where their step happens. As a tensor of half precision, 1 − lr·wd would round to 1."""
-    alike: dict[tuple[int, torch.dtype], list[BoundParameter]] = {}
-    for b in members:
-        alike.setdefault((id(go[b]), b.parameter.dtype), []).append(b)
-    for (_, dtype), same in alike.items():
-        flag, tensors = go[same[0]], [b.local for b in same]
+def decay(tensors: Sequence[Tensor], factor: float, go: Sequence[Tensor]) -> None:
+    """Multiply tensors by `factor` where their step happens. As a tensor of half precision, 1 − lr·wd would round to 1."""
+    alike: dict[tuple[int, torch.dtype], list[int]] = {}
+    for k, (tensor, flag) in enumerate(zip(tensors, go, strict=True)):
+        alike.setdefault((id(flag), tensor.dtype), []).append(k)
+    for (_, dtype), places in alike.items():
+        flag, same = go[places[0]], [tensors[k] for k in places]
         if dtype in (torch.float32, torch.float64):
             one = torch.ones((), dtype=dtype, device=flag.device)
-            torch._foreach_mul_(tensors, torch.where(flag, one * factor, one))
+            torch._foreach_mul_(same, torch.where(flag, one * factor, one))
         else:
-            torch._foreach_copy_(tensors, [torch.where(flag, t * factor, t) for t in tensors])
+            torch._foreach_copy_(same, [torch.where(flag, t * factor, t) for t in same])
 
 
-def momentum_forms(
-    members: Sequence[BoundParameter],
-    buffers: list[Tensor],
-    grads: Mapping[BoundParameter, Tensor | None],
-    go: Mapping[BoundParameter, Tensor],
-) -> list[Tensor]:
+def momentum_forms(group: Mapping[str, Any], buffers: list[Tensor], grads: Sequence[Tensor | None], go: Sequence[Tensor]) -> list[Tensor]:
     """Advance the momentum of parameters of one group, in place, and return what is to be orthogonalised: the Nesterov form or it.
 
     Where a step doesn't happen the buffer stands in for the gradient: buf.lerp_(buf, …) is buf.
     """
-    group = members[0].group
-    fresh = [torch.where(go[b], _or_zero(grads[b], buffer), buffer) for b, buffer in zip(members, buffers, strict=True)]
+    fresh = [torch.where(flag, _or_zero(grad, buffer), buffer) for grad, flag, buffer in zip(grads, go, buffers, strict=True)]
     torch._foreach_lerp_(buffers, fresh, 1 - group["momentum"])
     if not group["nesterov"]:
         return buffers
@@ -87,17 +81,16 @@ def momentum_forms(
 
 
 def adamw_step(
-    members: Sequence[BoundParameter], states: Sequence[dict[str, Any]], grads: Mapping[BoundParameter, Tensor | None], go: Tensor
+    group: Mapping[str, Any], tensors: list[Tensor], grads: Sequence[Tensor | None], states: Sequence[dict[str, Any]], go: Tensor
 ) -> None:
     """torch's fused AdamW on the fragments of one group; it leaves everything alone where `found_inf` says so.
 
     What becomes of an element doesn't depend on its place in a fragment, so replicas that are cut differently stay equal.
     """
-    group, tensors = members[0].group, [b.local for b in members]
     steps = [s["step"] for s in states]
     columns = [
         tensors,
-        [_or_zero(grads[b], p) for b, p in zip(members, tensors, strict=True)],
+        [_or_zero(grad, tensor) for grad, tensor in zip(grads, tensors, strict=True)],
         [local_tensor(s["exp_avg"]) for s in states],
         [local_tensor(s["exp_avg_sq"]) for s in states],
     ]

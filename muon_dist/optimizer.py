@@ -1,14 +1,4 @@
-"""MuonDist: Muon under any sharding, with AdamW for what is not a matrix. Groups, state, and the order of one step.
-
-A step, on every rank:
-
-1.  One small all-reduce tells whether all gradients are finite and which parameters have one anywhere. What follows is
-    decided by that tensor on the device; the host never waits for it.
-2.  Bucket by bucket: momentum on the fragments this rank stores; their Nesterov form travels to the matrices' owners (one
-    all-to-all); owners run Newton–Schulz on whole matrices, equal shapes as one batch; the updates travel back (one
-    all-to-all) and are applied to the fragments. The next bucket travels while this one is orthogonalised.
-3.  AdamW for the rest runs while the first bucket travels.
-"""
+"""MuonDist: Muon under any sharding, with AdamW for what is not a matrix. Its groups, its state, and when it binds; `step` has the rest."""
 
 from __future__ import annotations
 
@@ -25,19 +15,16 @@ from torch.profiler import record_function
 
 from .adaptation import blank_rows
 from .agreement import agree_on_gradients
-from .binding import BoundParameter, Domain, all_gather_rows, bind_domains, local_tensor, rebalanced, wait_in_time
-from .elementwise import adamw_step, decay, local_gradient, momentum_forms
+from .binding import BoundParameter, Domain, all_gather_rows, bind_domains, rebalanced, wait_in_time
+from .elementwise import local_gradient
 from .groups import GROUP_KEYS, POLICY_KEYS, check_group, check_placement, group_routes, policy_of, read_groups, translate_state_groups
 from .polar.matrix_view import matrices_of
-from .polar.newton_schulz import Slices, moment_count, orthogonalize_batch
 from .polar.polynomials import Polynomial, Schedule
-from .polar.scaling import update_scale
 from .routing import Route
-from .sharding.exchange import Leg, Traffic
 from .sharding.layout import ShardLayout
 from .sharding.plan import Plan
-from .sharding.slicing import Slicing
 from .sharding.state import complete_replicas, elsewhere, fit_state, is_absent, is_elsewhere, is_unset, unset
+from .step import Step
 from .telemetry import Telemetry
 
 # A change of these in a group changes the plan or what owners compute, so the next step binds again.
@@ -375,34 +362,9 @@ class MuonDist(torch.optim.Optimizer):
         self._adapt()
         if self._has_copies:
             self._drop_copies()
-        grads = {b: local_gradient(b) for domain in self._domains for b in domain.parameters}
-        go = self._agree_on_gradients(grads)  # BoundParameter -> 0-d bool on its device: whether its step happens
-
-        jobs = [(domain, bucket) for domain in self._domains for bucket in range(len(domain.plan.buckets))]
-        forms: dict[BoundParameter, Tensor] = {}  # what owners orthogonalise, while some of it has yet to travel
-
-        def start(job: int) -> Traffic:
-            domain, bucket = jobs[job]
-            self._momentum(domain, bucket, grads, go, forms)
-            return domain.exchange.start_gather(bucket, domain.reading(forms))
-
-        travelling = start(0) if jobs else None
-        self._adamw(grads, go)
-        returning: tuple[Domain, Traffic] | None = None
-        for job, (domain, bucket) in enumerate(jobs):
-            arriving, travelling = travelling, start(job + 1) if job + 1 < len(jobs) else None
-            assert arriving is not None
-            batches = domain.exchange.finish_gather(bucket, arriving, domain.reading(forms))
-            for i in domain.last_bucket[bucket]:
-                del forms[domain.parameters[i]]
-            updates = self._orthogonalize(domain, bucket, batches, go)
-            scattered = domain.exchange.start_scatter(bucket, updates)
-            self._apply(domain, domain.exchange.updates_at_home(bucket, updates))
-            if returning is not None:
-                self._apply(returning[0], returning[1].wait())
-            returning = (domain, scattered)
-        if returning is not None:
-            self._apply(returning[0], returning[1].wait())
+        local = {b: b.local for domain in self._domains for b in domain.parameters}
+        grads = {b: local_gradient(b) for b in local}
+        Step(domains=self._domains, state=self.state, local=local, grads=grads, go=self._agree_on_gradients(grads)).take()
         for domain in self._domains:
             domain.adaptation.end_step()
         return loss
@@ -444,94 +406,6 @@ class MuonDist(torch.optim.Optimizer):
             )
         self._skipped = bad.to(torch.int64) if self._skipped is None else self._skipped + bad
         return go
-
-    @record_function("muon_dist::momentum")
-    def _momentum(
-        self,
-        domain: Domain,
-        bucket: int,
-        grads: dict[BoundParameter, Tensor | None],
-        go: dict[BoundParameter, Tensor],
-        forms: dict[BoundParameter, Tensor],
-    ) -> None:
-        """Decay and momentum of the parameters whose first matrix is in this bucket; puts what travels into `forms`."""
-        by_group: dict[int, list[BoundParameter]] = {}
-        for i in domain.first_bucket[bucket]:
-            bound = domain.parameters[i]
-            forms[bound] = bound.local  # where another rank owns it, nothing of it is read here
-            by_group.setdefault(id(bound.group), []).append(bound)
-        for members in by_group.values():
-            group = members[0].group
-            decay(members, 1 - float(group["lr"]) * group["weight_decay"], go)
-            owned = [b for b in members if domain.owns(b)]
-            if owned:
-                buffers = [local_tensor(self.state[b.parameter]["momentum_buffer"]) for b in owned]
-                forms.update(zip(owned, momentum_forms(owned, buffers, grads, go), strict=True))
-
-    def _orthogonalize(self, domain: Domain, bucket: int, batches: list[Tensor], go: dict[BoundParameter, Tensor]) -> list[Tensor]:
-        """The updates of this rank's matrices, batch by batch; zeros where a parameter's step doesn't happen."""
-        updates = []
-        route = domain.exchange.routes[bucket]
-        for indices, slicing, batch in zip(route.batches, route.slicings, batches, strict=True):
-            keep = torch.stack([go[domain.parameters[domain.plan.matrices[i].parameter]] for i in indices]).to(domain.device)
-            by_schedule: dict[Schedule, list[int]] = {}  # one, unless a measurement of the noise floor takes more steps
-            for k, i in enumerate(indices):
-                by_schedule.setdefault(domain.adaptation.schedule_now(i), []).append(k)
-            if len(by_schedule) == 1:
-                updates.append(self._orthogonalize_alike(domain, indices, batch, keep, slicing))
-                continue
-            update = torch.empty_like(batch)
-            for places in by_schedule.values():
-                some = [indices[k] for k in places]
-                update[places] = self._orthogonalize_alike(domain, some, batch[places], keep[places], slicing).to(batch.dtype)
-            updates.append(update)
-        return updates
-
-    @staticmethod
-    def _orthogonalize_alike(domain: Domain, indices: Sequence[int], batch: Tensor, keep: Tensor, slicing: Slicing | None) -> Tensor:
-        """The polar factors of matrices of one shape and schedule, or of slices; records the moments of those that are measured."""
-        first, adaptation = domain.parameters[domain.plan.matrices[indices[0]].parameter], domain.adaptation
-        schedule = adaptation.schedule_now(indices[0])
-        measured = [k for k, i in enumerate(indices) if i in adaptation.measuring]
-        moments = batch.new_empty(len(indices), moment_count(len(schedule)), dtype=torch.float64) if measured else None
-        compute = first.compute_dtype_for(schedule)
-        slices = None
-        if slicing is not None:
-            slices = Slices(domain.plan.matrices[indices[0]].shape, slicing.dim, domain.exchange.add_up)
-        with record_function(f"muon_dist::newton_schulz {'x'.join(map(str, batch.shape))}"):
-            result = orthogonalize_batch(
-                batch, schedule, compute_dtype=compute, eps=first.group["eps"], keep=keep, moments=moments, slices=slices
-            )
-        for k in measured if slicing is None or domain.me == 0 else ():  # all ranks have the moments of what is sliced
-            assert moments is not None
-            adaptation.record(indices[k], moments[k])
-        return result
-
-    @record_function("muon_dist::apply")
-    def _apply(self, domain: Domain, updates: list[tuple[Leg, Tensor]]) -> None:
-        """p −= lr · scale · update on the pieces that arrived; matrices of steps that don't happen arrive as zeros."""
-        by_factor: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-        for leg, update in updates:
-            bound, matrix = domain.parameters[leg.parameter], domain.matrices[leg.matrix]
-            group = bound.group
-            scale = group["extra_scale_factor"] * update_scale(group["adjust_lr_fn"], matrix.rows, matrix.cols)
-            factor = -float(group["lr"]) * scale
-            assert leg.view is not None  # updates are for holders
-            targets, sources = by_factor.setdefault(factor, ([], []))
-            targets.append(leg.view.of(bound.local))
-            sources.append(update.to(targets[-1].device))
-        for factor, (targets, sources) in by_factor.items():
-            torch._foreach_add_(targets, sources, alpha=factor)
-
-    @record_function("muon_dist::adamw")
-    def _adamw(self, grads: dict[BoundParameter, Tensor | None], go: dict[BoundParameter, Tensor]) -> None:
-        for domain in self._domains:
-            together: dict[tuple[int, int], list[BoundParameter]] = {}
-            for b in domain.parameters:
-                if not b.muon:  # empty shards too: their step count is saved by whichever rank writes it
-                    together.setdefault((id(b.group), id(go[b])), []).append(b)
-            for members in together.values():
-                adamw_step(members, [self.state[b.parameter] for b in members], grads, go[members[0]])
 
     # ----------------------------------------------------------------------------------------------------- state dicts
 

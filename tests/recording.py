@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import muon_dist.optimizer
+import muon_dist.step
 from muon_dist.sharding import exchange
 
 
@@ -43,7 +43,7 @@ class Recorder:
         self.matrices: list[tuple[int, ...]] = []
 
     def __enter__(self) -> Recorder:
-        self._all_to_all, self._orthogonalize = dist.all_to_all_single, muon_dist.optimizer.orthogonalize_batch
+        self._all_to_all, self._orthogonalize = dist.all_to_all_single, muon_dist.step.orthogonalize_batch
 
         def all_to_all_single(out: Any, into: Any, in_splits: Any, out_splits: Any, **options: Any) -> _Work:
             me = dist.get_rank(options["group"])
@@ -62,9 +62,9 @@ class Recorder:
             return result
 
         exchange.dist.all_to_all_single = all_to_all_single  # type: ignore[assignment]
-        muon_dist.optimizer.orthogonalize_batch = orthogonalize_batch
+        muon_dist.step.orthogonalize_batch = orthogonalize_batch
         return self
 
     def __exit__(self, *exc: object) -> None:
         dist.all_to_all_single = self._all_to_all
-        muon_dist.optimizer.orthogonalize_batch = self._orthogonalize
+        muon_dist.step.orthogonalize_batch = self._orthogonalize

@@ -6,6 +6,7 @@ started must be waited for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,16 +33,13 @@ class LocalView:
     """
 
     flat: tuple[int, tuple[int, ...]] | None
-    slices: tuple[slice, ...]
+    slices: tuple[slice, ...] | None  # None: all of it
 
     def of(self, local: Tensor) -> Tensor:
         if self.flat is not None:
             offset, shape = self.flat
-            size = 1
-            for s in shape:
-                size *= s
-            local = local.view(-1)[offset : offset + size].view(shape)
-        return local[self.slices]
+            local = local.view(-1)[offset : offset + math.prod(shape)].view(shape)
+        return local if self.slices is None else local[self.slices]
 
 
 def local_view(fragment: Fragment, piece: Box, stored_as_box: bool) -> LocalView:
@@ -49,10 +47,14 @@ def local_view(fragment: Fragment, piece: Box, stored_as_box: bool) -> LocalView
     offset = 0
     for box in fragment:
         if all(a <= c and d <= b for (a, b), (c, d) in zip(box, piece, strict=True)):
-            slices = tuple(slice(c - a, d - a) for (a, _), (c, d) in zip(box, piece, strict=True))
-            return LocalView(None if stored_as_box else (offset, box_shape(box)), slices)
+            return LocalView(None if stored_as_box else (offset, box_shape(box)), _inside(box, piece))
         offset += box_numel(box)
     raise ValueError(f"piece {piece} does not lie in one box of the fragment {fragment}")
+
+
+def _inside(box: Box, piece: Box) -> tuple[slice, ...] | None:
+    """A piece's place in a box; None where it is all of it."""
+    return None if box == piece else tuple(slice(c - a, d - a) for (a, _), (c, d) in zip(box, piece, strict=True))
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,15 @@ class Slot:
 
     batch: int
     index: int
-    shape: tuple[int, ...]  # the matrix's box in the parameter: (m, n), (1, m, n) for an expert, (out, in, *k) for a kernel
-    slices: tuple[slice, ...]
+    shape: tuple[int, ...] | None  # of its box in the parameter, such as (1, m, n) for an expert; None: as it is, (m, n)
+    slices: tuple[slice, ...] | None  # None: all of it
 
-    def of(self, batches: Sequence[Tensor]) -> Tensor:
-        return batches[self.batch][self.index].reshape(self.shape)[self.slices]
+    def of(self, batches: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Its part of batches that were unbound into matrices."""
+        matrix = batches[self.batch][self.index]
+        if self.shape is not None:
+            matrix = matrix.reshape(self.shape)
+        return matrix if self.slices is None else matrix[self.slices]
 
 
 @dataclass(frozen=True)
@@ -154,8 +160,8 @@ def route_bucket(plan: Plan, bucket: int, me: int, stored_as_box: Callable[[int]
             view = local_view(fragment, piece.box, stored_as_box(task.parameter)) if me in piece.holders else None
             slot = None
             if owner == me:
-                inside = tuple(slice(c - a, d - a) for (a, _), (c, d) in zip(own, piece.box, strict=True))
-                slot = Slot(*place[i], box_shape(own), inside)
+                shape = box_shape(own)
+                slot = Slot(*place[i], None if shape == plan.shape_of_part(i, me) else shape, _inside(own, piece.box))
             leg = Leg(i, task.parameter, box_numel(piece.box), box_shape(piece.box), view, slot)
             if owner == me:
                 (stay if piece.source == me else gather_in[piece.source]).append(leg)
@@ -233,21 +239,22 @@ class Exchange:
         """The matrices this rank owns, (B, m, n) per batch, in the wire dtype also where nothing travelled."""
         route = self.routes[bucket]
         batches = [torch.empty(shape, dtype=route.wire, device=self._device) for shape in route.batch_shapes]
-        arrived = traffic.wait()
-        slots = [_slotted(leg, batches) for leg, _ in arrived] + [_slotted(leg, batches) for leg in route.stay]
+        arrived, matrices = traffic.wait(), [batch.unbind() for batch in batches]
+        slots = [_slotted(leg, matrices) for leg, _ in arrived] + [_slotted(leg, matrices) for leg in route.stay]
         copy(slots, [part for _, part in arrived] + [_viewed(leg, local) for leg in route.stay])
         return batches
 
     @record_function("muon_dist::start_scatter")
     def start_scatter(self, bucket: int, batches: Sequence[Tensor]) -> Traffic:
         """Send the updates of the matrices this rank owns to all that hold a piece."""
-        route = self.routes[bucket]
-        return self._start(route, route.scatter, lambda leg: _slotted(leg, batches), route.scatters)
+        route, matrices = self.routes[bucket], [batch.unbind() for batch in batches]
+        return self._start(route, route.scatter, lambda leg: _slotted(leg, matrices), route.scatters)
 
     def updates_at_home(self, bucket: int, batches: Sequence[Tensor]) -> list[tuple[Leg, Tensor]]:
         """The updates of pieces that this rank holds and owns, rounded as if they had travelled."""
         route = self.routes[bucket]
-        return [(leg, _slotted(leg, batches).to(route.wire)) for leg in route.stay]
+        matrices = [batch.to(route.wire).unbind() for batch in batches] if route.stay else []
+        return [(leg, _slotted(leg, matrices)) for leg in route.stay]
 
     def add_up(self, tensor: Tensor) -> None:
         """Add a tensor up over all ranks of the domain, in place; in fp32 at least. Collective."""
@@ -276,6 +283,6 @@ def _viewed(leg: Leg, local: Callable[[int], Tensor]) -> Tensor:
     return leg.view.of(local(leg.parameter))
 
 
-def _slotted(leg: Leg, batches: Sequence[Tensor]) -> Tensor:
+def _slotted(leg: Leg, matrices: Sequence[Sequence[Tensor]]) -> Tensor:
     assert leg.slot is not None  # only owners write
-    return leg.slot.of(batches)
+    return leg.slot.of(matrices)
