@@ -6,6 +6,7 @@ them, and their state with them, so both stay the host's; what the optimizer has
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 import muon_dist
 from muon_dist.binding import BoundParameter
-from muon_dist.groups import GROUP_KEYS, STRUCTURE
+from muon_dist.groups import GROUP_KEYS, STRUCTURE, PlanOptions
 from muon_dist.polar.polynomials import Schedule
 from muon_dist.sharding.layout import ShardLayout
 from muon_dist.sharding.plan import Plan
@@ -81,7 +82,7 @@ class Part:
         groups: complete parameter groups (`muon_dist.groups.read_groups`), which hold the hyperparameters.
         state_of: gives the state of one of the host's tensors, laid out as the tensor: "momentum_buffer", or AdamW's, and "step".
         spectra: the rows of measured spectra, by the names of parameters; filled as they are measured.
-        bucket_mb, placement: as `MuonDist` takes them.
+        options: of the plan, as `MuonDist` takes them one by one.
     """
 
     def __init__(
@@ -91,21 +92,20 @@ class Part:
         state_of: Callable[[Tensor], dict[str, Any]],
         spectra: dict[str, Tensor],
         *,
-        bucket_mb: float,
-        placement: str,
+        options: PlanOptions,
     ) -> None:
         self._state_of, self._spectra = state_of, spectra
         self._views = [(view, nn.Parameter(view.of(view.tensor.detach()))) for view in views]
         self._order = sorted({view.group for view in views})
-        options: dict[int, dict[str, Any]] = {}
+        own_groups: dict[int, dict[str, Any]] = {}
         for i in self._order:
             keys = GROUP_KEYS[groups[i]["algorithm"]] - {"params", "param_names"}
-            options[i] = {**{key: groups[i][key] for key in keys if key in groups[i]}, "params": [], "reasons": []}
+            own_groups[i] = {**{key: groups[i][key] for key in keys if key in groups[i]}, "params": [], "reasons": []}
         for view, p in self._views:
-            options[view.group]["params"].append((view.name, p))
-            options[view.group]["reasons"].append(view.reason)
+            own_groups[view.group]["params"].append((view.name, p))
+            own_groups[view.group]["reasons"].append(view.reason)
         layouts = {view.name: view.layout for view in views}
-        self.optimizer = _Steps(options.values(), layouts=layouts, ns_steps=5, bucket_mb=bucket_mb, placement=placement)
+        self.optimizer = _Steps(own_groups.values(), layouts=layouts, ns_steps=5, **dataclasses.asdict(options))
         self._counted = list({id(v.tensor): v.tensor for v in views if groups[v.group]["algorithm"] == "muon"}.values())
         self._link_state()
 

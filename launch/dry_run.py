@@ -13,6 +13,7 @@ from options import Options, micro_batches
 from muon_dist.cli.models import parameters_of
 from muon_dist.cli.plan import plan_model, predict, report
 from muon_dist.cli.table import si
+from muon_dist.groups import PlanOptions
 from muon_dist.run import Ranks
 
 
@@ -54,7 +55,7 @@ def dry_run(options: Options, ranks: Ranks) -> None:
     adaptive, five = options.ns_steps in (None, "adaptive"), 5
     schedules = predict(parameters, options.coverage or 0.9)[0] if adaptive else None
     steps = five if adaptive else int(options.ns_steps or five)
-    plan, state, adamw = plan_model(parameters, dp=dp, tp=tp, zero=zero, ns_steps=steps, bucket_mb=64, schedules=schedules)
+    plan, state, adamw = plan_model(parameters, dp=dp, tp=tp, zero=zero, ns_steps=steps, options=PlanOptions(), schedules=schedules)
     print(f"\nMuon, {'step counts as the scaling laws predict them until they are measured' if adaptive else f'{steps} steps'}:")
     report(plan, state, adamw, bucket_mb=64, model_flops=6 * numel * tokens, tokens=tokens)
 

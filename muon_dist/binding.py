@@ -19,11 +19,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .adaptation import Adaptation, attach_controllers
-from .groups import POLICY_KEYS, fixed_schedule
+from .groups import POLICY_KEYS, PlanOptions, fixed_schedule
 from .polar.cost import flops_of, form_name, segments_of, sliced_flops_of, workspace_bytes
 from .polar.matrix_view import Matrix, matrices_of
 from .polar.newton_schulz import default_compute_dtype, dtype_named
 from .polar.polynomials import Schedule
+from .polar.products import SymmetricProducts
 from .routing import Route
 from .sharding.exchange import BucketRoute, Exchange, route_bucket
 from .sharding.layout import (
@@ -98,6 +99,7 @@ class Domain:
     me: int
     process_group: dist.ProcessGroup | None  # None: one rank
     device: torch.device
+    products: SymmetricProducts
     parameters: list[BoundParameter]
     plan: Plan
     exchange: Exchange
@@ -136,8 +138,7 @@ def bind_domains(
     *,
     process_group: dist.ProcessGroup | None,
     layouts: Mapping[str, ShardLayout],
-    bucket_bytes: int,
-    placement: str,
+    options: PlanOptions,
     groups: dict[tuple[int, ...], dist.ProcessGroup],
     state: Mapping[Tensor, dict[str, Tensor]],
     all_names: Sequence[str] = (),
@@ -157,7 +158,7 @@ def bind_domains(
     for ranks in sorted(by_ranks, key=lambda r: (-len(r), r)):
         members = by_ranks[ranks]
         known = next((b.known_group for b in members if b.known_group is not None), None)
-        domains.append(_make_domain(ranks, members, _group_of(ranks, known, groups), bucket_bytes, placement))
+        domains.append(_make_domain(ranks, members, _group_of(ranks, known, groups), options))
     together = set(_ranks_of(process_group))
     for domain in domains:
         if not together.issuperset(domain.ranks):
@@ -213,9 +214,7 @@ def _bind_parameter(
     return bound
 
 
-def _make_domain(
-    ranks: tuple[int, ...], members: list[BoundParameter], group: dist.ProcessGroup | None, bucket_bytes: int, placement: str
-) -> Domain:
+def _make_domain(ranks: tuple[int, ...], members: list[BoundParameter], group: dist.ProcessGroup | None, options: PlanOptions) -> Domain:
     if all(b.name for b in members):
         members = sorted(members, key=lambda b: b.name)  # so that ranks whose groups are ordered differently agree
     devices = {b.device for b in members}
@@ -223,27 +222,31 @@ def _make_domain(
         raise ValueError(
             f"parameters shared by ranks {list(ranks)} lie on several devices here, {sorted(map(str, devices))}: put them on one"
         )
+    device = next(iter(devices))
+    products = options.products_on(device.type)
     tasks: list[MatrixTask] = []
     matrices: list[Matrix] = []
     for position, b in enumerate(members):
         b.position = position
         if b.matrices:
             key = (b.fixed or "adaptive", str(b.compute_dtype), b.group["compute_dtype"] is None, b.group["eps"])
-            tasks += matrix_tasks(b.name, position, b.matrices, b.schedules, b.compute_dtype, b.wire_dtype, b.device.type, batch_key=key)
+            tasks += matrix_tasks(b.name, position, b.matrices, b.schedules, b.compute_dtype, b.wire_dtype, products, batch_key=key)
             matrices += b.matrices
-    plan = make_plan([b.placement for b in members], tasks, n_ranks=len(ranks), bucket_bytes=bucket_bytes, placement=placement)
+    plan = make_plan(
+        [b.placement for b in members], tasks, n_ranks=len(ranks), bucket_bytes=options.bucket_bytes, placement=options.placement
+    )
     me = ranks.index(dist.get_rank()) if len(ranks) > 1 else 0
     for b in members:
         if b.matrices and not _stored_as_box(b, me) and not b.local.is_contiguous():
             raise ValueError(
                 f"{b.name} is stored as a flat fragment that is not contiguous; make it contiguous before it reaches the optimizer"
             )
-    device = next(iter(devices))
     domain = Domain(
         ranks=ranks,
         me=me,
         process_group=group,
         device=device,
+        products=products,
         parameters=members,
         plan=plan,
         exchange=Exchange(_routes(plan, members, me), group=group, device=device),
@@ -258,7 +261,7 @@ def _make_domain(
     return domain
 
 
-def rebalanced(domain: Domain, bucket_bytes: int, placement: str) -> Domain | None:
+def rebalanced(domain: Domain, options: PlanOptions) -> Domain | None:
     """The domain with owners chosen for its schedules as they stand, where that relieves the busiest one; else None. Collective.
 
     Every rank decides alike, since all have the same schedules; the plans are compared nevertheless. Where matrices are sliced, which
@@ -267,14 +270,14 @@ def rebalanced(domain: Domain, bucket_bytes: int, placement: str) -> Domain | No
     if any(slicing is not None for slicing in domain.plan.slicings):
         return None
     work = [
-        flops_of(*matrix.shape, schedule, b.compute_dtype, b.device.type)
+        flops_of(*matrix.shape, schedule, b.compute_dtype, domain.products)
         for b in domain.parameters
         for matrix, schedule in zip(b.matrices, b.schedules, strict=True)
     ]
     busiest = np.bincount(domain.plan.owners, work, domain.plan.n_ranks).max(initial=0.0)
     if busiest * domain.plan.n_ranks <= EVEN_ENOUGH * sum(work):
         return None
-    better = _make_domain(domain.ranks, domain.parameters, domain.process_group, bucket_bytes, placement)
+    better = _make_domain(domain.ranks, domain.parameters, domain.process_group, options)
     if better.plan.imbalance() * sum(work) * EVEN_ENOUGH > busiest * domain.plan.n_ranks:
         return None
     digest = torch.tensor(list(bytes.fromhex(better.plan.digest())), dtype=torch.int64)
@@ -304,7 +307,7 @@ def matrix_tasks(
     schedules: Sequence[Schedule],
     compute_dtype: torch.dtype,
     wire_dtype: torch.dtype,
-    device_type: str,
+    products: SymmetricProducts,
     *,
     batch_key: Hashable = None,
 ) -> list[MatrixTask]:
@@ -315,24 +318,24 @@ def matrix_tasks(
             parameter=parameter,
             box=matrix.box,
             shape=matrix.shape,
-            flops=flops_of(*matrix.shape, schedule, compute_dtype, device_type),
+            flops=flops_of(*matrix.shape, schedule, compute_dtype, products),
             workspace=workspace_bytes(
                 *matrix.shape, itemsize=compute_dtype.itemsize, in_place=compute_dtype == wire_dtype, deflation=schedule.deflation
             ),
             wire={torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}[wire_dtype],
             wire_itemsize=wire_dtype.itemsize,
             batch_key=batch_key,
-            form=f"{len(schedule)} steps, {form_name(segments_of(schedule.steps, *matrix.shape, compute_dtype, device_type))}",
-            sliced=_sliced_cost(matrix, schedule, compute_dtype, device_type),
+            form=f"{len(schedule)} steps, {form_name(segments_of(schedule.steps, *matrix.shape, compute_dtype, products))}",
+            sliced=_sliced_cost(matrix, schedule, compute_dtype, products),
         )
         for k, (matrix, schedule) in enumerate(zip(matrices, schedules, strict=True))
     ]
 
 
-def _sliced_cost(matrix: Matrix, schedule: Schedule, compute_dtype: torch.dtype, device_type: str) -> SlicedCost | None:
+def _sliced_cost(matrix: Matrix, schedule: Schedule, compute_dtype: torch.dtype, products: SymmetricProducts) -> SlicedCost | None:
     if schedule.deflation:
         return None
-    fixed, per_line, added_up = sliced_flops_of(*matrix.shape, schedule, compute_dtype, device_type)
+    fixed, per_line, added_up = sliced_flops_of(*matrix.shape, schedule, compute_dtype, products)
     squares = workspace_bytes(*[min(matrix.shape)] * 2, itemsize=compute_dtype.itemsize, in_place=True)
     return SlicedCost(fixed=fixed, per_line=per_line, added_up=added_up, workspace=squares)
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from .polar.matrix_view import MatrixView, matrices_of
 from .polar.newton_schulz import dtype_named
 from .polar.polynomials import JORDAN, Schedule, schedule_for
+from .polar.products import SymmetricProducts, check_kernels
 from .polar.scaling import update_scale
 from .routing import ALGORITHMS, Route, refuse_flattened, route_parameter
 from .sharding.layout import ShardLayout
@@ -155,12 +157,40 @@ def group_routes(group: Mapping[str, Any]) -> list[tuple[Route, Tensor]]:
     ]
 
 
-def check_placement(placement: Any, bucket_mb: Any) -> None:
-    """Raise a ValueError where these arguments of `MuonDist`, which are not of groups, are none."""
-    if placement not in PLACEMENTS:
-        raise ValueError(f"placement={placement!r}: choose one of {', '.join(PLACEMENTS)}")
-    if isinstance(bucket_mb, bool) or not isinstance(bucket_mb, (int, float)) or not bucket_mb > 0:
-        raise ValueError(f"bucket_mb must be a positive number of MiB, got {bucket_mb!r}")
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Those arguments of `MuonDist` that are of no group: how matrices travel, who works on them, and how they are multiplied.
+
+    Raises:
+        ValueError: a value that can't be met.
+    """
+
+    bucket_mb: float = 64
+    placement: str = "owner"
+    symmetric_kernels: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.placement not in PLACEMENTS:
+            raise ValueError(f"placement={self.placement!r}: choose one of {', '.join(PLACEMENTS)}")
+        if isinstance(self.bucket_mb, bool) or not isinstance(self.bucket_mb, (int, float)) or not self.bucket_mb > 0:
+            raise ValueError(f"bucket_mb must be a positive number of MiB, got {self.bucket_mb!r}")
+        check_kernels(self.symmetric_kernels)
+
+    @property
+    def bucket_bytes(self) -> int:
+        return int(self.bucket_mb * 2**20)
+
+    def products_on(self, device_type: str) -> SymmetricProducts:
+        """How symmetric products are taken on a kind of device.
+
+        Raises:
+            ValueError: not as asked for.
+        """
+        check_kernels(self.symmetric_kernels, device_type)
+        return SymmetricProducts(device_type, self.symmetric_kernels)
+
+
+PLAN_KEYS = tuple(field.name for field in fields(PlanOptions))
 
 
 def check_group(group: Mapping[str, Any]) -> None:

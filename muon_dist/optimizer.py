@@ -17,7 +17,7 @@ from .adaptation import blank_rows
 from .agreement import agree_on_gradients
 from .binding import BoundParameter, Domain, all_gather_rows, bind_domains, rebalanced, wait_in_time
 from .elementwise import local_gradient
-from .groups import GROUP_KEYS, POLICY_KEYS, check_group, check_placement, group_routes, policy_of, read_groups, translate_state_groups
+from .groups import GROUP_KEYS, POLICY_KEYS, PlanOptions, check_group, group_routes, policy_of, read_groups, translate_state_groups
 from .polar.matrix_view import matrices_of
 from .polar.polynomials import Polynomial, Schedule
 from .routing import Route
@@ -80,6 +80,9 @@ class MuonDist(torch.optim.Optimizer):
         placement: "owner": one rank orthogonalises a matrix. "gram": every rank works on a slice of it, along its longer side, and Gram
             matrices are added up over the ranks: for jobs of fewer matrices than ranks, and where no rank has room for a whole one.
             "auto": slices for the costliest shapes where that ends a step sooner, by FLOPs and bytes. The update is the same.
+        symmetric_kernels: on CUDA, the rows (or columns: the smaller side of a matrix) from which XXᵀ and all products of Gram matrices are
+            computed by a Triton kernel that takes one triangle only; not in fp64. None: never, since nothing tells beforehand where a GPU
+            gains by it; `muon-dist bench ns --symmetric-kernels` measures that.
         eps: smallest Frobenius norm that a matrix is divided by; guards only against zero.
         telemetry_dir: where what is measured goes, as lines of JSON (`muon-dist spectrum DIR` shows them); needs adaptive steps.
         telemetry_sinks: besides, "tensorboard" and "wandb".
@@ -112,6 +115,7 @@ class MuonDist(torch.optim.Optimizer):
         layouts: Mapping[str, ShardLayout] | None = None,
         bucket_mb: float = 64,
         placement: str = "owner",
+        symmetric_kernels: int | None = None,
         eps: float = 1e-20,
         nonfinite: str = "skip",
         extra_scale_factor: float = 1.0,
@@ -128,7 +132,7 @@ class MuonDist(torch.optim.Optimizer):
     ) -> None:
         if nonfinite not in ("skip", "raise"):
             raise ValueError(f"nonfinite={nonfinite!r}: choose 'skip' or 'raise'")
-        check_placement(placement, bucket_mb)
+        options = PlanOptions(bucket_mb=bucket_mb, placement=placement, symmetric_kernels=symmetric_kernels)
         if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
             raise ValueError(f"process_group must be a torch.distributed process group or None, got {process_group!r}")
         for name, layout in (layouts or {}).items():
@@ -162,8 +166,7 @@ class MuonDist(torch.optim.Optimizer):
         }
         wanted = telemetry_dir is not None or telemetry_sinks
         self._telemetry = Telemetry(telemetry_dir, telemetry_sinks) if wanted else None
-        self._bucket_bytes = int(bucket_mb * 2**20)
-        self._nonfinite, self._placement = nonfinite, placement
+        self._options, self._nonfinite = options, nonfinite
         self._start_unbound(process_group, dict(layouts or {}))
         self._reading = False  # the constructor's groups are read as a whole, later ones as they come
         super().__init__(read_groups(params, defaults, self._layouts), defaults)
@@ -269,8 +272,7 @@ class MuonDist(torch.optim.Optimizer):
             entries,
             process_group=self._process_group,
             layouts=self._layouts,
-            bucket_bytes=self._bucket_bytes,
-            placement=self._placement,
+            options=self._options,
             groups=self._groups,
             state=self.state,
             all_names=self._all_names,
@@ -373,10 +375,7 @@ class MuonDist(torch.optim.Optimizer):
     def _adapt(self) -> None:
         """Let measured spectra take effect, and choose owners anew where step counts have moved the balance."""
         for k, domain in enumerate(self._domains):
-            if (
-                domain.adaptation.is_time_for_new_owners()
-                and (better := rebalanced(domain, self._bucket_bytes, self._placement)) is not None
-            ):
+            if domain.adaptation.is_time_for_new_owners() and (better := rebalanced(domain, self._options)) is not None:
                 domain.adaptation.collect()  # into the rows, which the new owners' controllers share
                 self._domains[k] = domain = better
                 self._complete_replicas(better, everywhere=False)
@@ -476,8 +475,7 @@ class MuonDist(torch.optim.Optimizer):
         self._collect_measurements()
         placed = self._detached or self._process_group is not None or bool(self._layouts)
         own = {
-            "bucket_bytes": self._bucket_bytes,
-            "placement": self._placement,
+            "options": self._options,
             "nonfinite": self._nonfinite,
             "detached": placed,
             "telemetry": self._telemetry,
@@ -488,8 +486,7 @@ class MuonDist(torch.optim.Optimizer):
         own = state.pop("muon_dist", None)
         super().__setstate__(state)
         if own is not None:  # unpickled: process groups and layouts don't travel
-            self._bucket_bytes, self._nonfinite, self._telemetry = own["bucket_bytes"], own["nonfinite"], own["telemetry"]
-            self._placement = own["placement"]
+            self._options, self._nonfinite, self._telemetry = own["options"], own["nonfinite"], own["telemetry"]
             self._start_unbound(None, {})
             self._detached = own["detached"]
             self._reading = True

@@ -148,7 +148,14 @@ def _orthogonalize_alike(domain: Domain, indices: Sequence[int], batch: Tensor, 
         slices = Slices(domain.plan.matrices[indices[0]].shape, slicing.dim, domain.exchange.add_up)
     with record_function(f"muon_dist::newton_schulz {'x'.join(map(str, batch.shape))}"):
         result = orthogonalize_batch(
-            batch, schedule, compute_dtype=compute, eps=first.group["eps"], keep=keep, moments=moments, slices=slices
+            batch,
+            schedule,
+            compute_dtype=compute,
+            eps=first.group["eps"],
+            keep=keep,
+            moments=moments,
+            slices=slices,
+            products=domain.products,
         )
     for k in measured if slicing is None or domain.me == 0 else ():  # all ranks have the moments of what is sliced
         assert moments is not None

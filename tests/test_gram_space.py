@@ -11,9 +11,10 @@ from muon_dist import orthogonalize
 from muon_dist.polar import newton_schulz
 from muon_dist.polar.cost import flops, flops_of, segments_of
 from muon_dist.polar.polynomials import JORDAN, Schedule, minimax_schedule, schedule_for, widest_schedule
-from muon_dist.polar.products import block_rows, computed_elements, symmetric_product
+from muon_dist.polar.products import SymmetricProducts
 from muon_dist.polar.restarts import LONGEST, WORSE, best_segments, how_much_worse, possible_segments, single_steps
 
+CPU = SymmetricProducts("cpu")
 SCHEDULES = {
     **{f"jordan {k}": schedule_for("jordan", k) for k in (2, 3, 5)},
     **{f"polar_express {k}": schedule_for("polar_express", k) for k in (5, 8)},
@@ -46,7 +47,12 @@ def test_gram_space_is_as_exact_as_the_direct_form(name: str, tall: bool, monkey
     x = x.mT.contiguous() if tall else x
     exact, exact_moments = direct(monkeypatch, x, schedule, torch.float64)
     single = direct(monkeypatch, x.float(), schedule, torch.float32)[0].double()
-    assert max(segments_of(schedule.steps, 48, 240, torch.float32, "cpu")) > 1 or name in ("jordan 2", "jordan 3", "minimax 2", "minimax 3")
+    assert max(segments_of(schedule.steps, 48, 240, torch.float32, CPU)) > 1 or name in (
+        "jordan 2",
+        "jordan 3",
+        "minimax 2",
+        "minimax 3",
+    )
     for part in (slice(None), slice(1), 0):
         result, moments = orthogonalize(x[part], schedule=schedule, return_moments=True)
         assert (result - exact[part]).norm() < (1e-12 if len(schedule) < 10 else 1e-11) * exact[part].norm()
@@ -62,7 +68,7 @@ def test_gram_space_in_half_precision_is_as_exact_as_the_direct_form(
 ) -> None:
     """With the segments that a CUDA device takes, computed on the CPU."""
     schedule, x = SCHEDULES[name], decades(96, 480, 3, seed=5)
-    segments = segments_of(schedule.steps, 4096, 20480, dtype, "cuda")
+    segments = segments_of(schedule.steps, 4096, 20480, dtype, SymmetricProducts("cuda"))
     exact, _ = direct(monkeypatch, x, schedule, torch.float64)
     single, _ = direct(monkeypatch, x.float(), schedule, dtype)
     with monkeypatch.context() as patched:
@@ -114,14 +120,14 @@ def test_the_segments_are_the_cheapest_of_all_that_are_exact_enough(dtype: torch
 def test_the_chosen_form_never_takes_more_operations_than_the_direct_one(device: str, dtype: torch.dtype) -> None:
     for schedule in SCHEDULES.values():
         for rows, cols in [(512, 512), (768, 3072), (3072, 768), (4096, 14336), (4096, 1024), (1, 7), (0, 5), (40, 40)]:
-            assert flops_of(rows, cols, schedule, dtype, device) <= flops(rows, cols, len(schedule))
-            segments = segments_of(schedule.steps, rows, cols, dtype, device)
+            assert flops_of(rows, cols, schedule, dtype, SymmetricProducts(device)) <= flops(rows, cols, len(schedule))
+            segments = segments_of(schedule.steps, rows, cols, dtype, SymmetricProducts(device))
             assert sum(segments) == len(schedule)
             if rows == cols:
                 assert segments == single_steps(len(schedule)), "square matrices gain nothing"
     jordan = SCHEDULES["jordan 5"]
-    assert flops_of(768, 3072, jordan, torch.float32, "cpu") < 0.6 * flops(768, 3072, 5)
-    assert flops_of(4096, 14336, jordan, torch.bfloat16, "cuda") < 0.85 * flops(4096, 14336, 5)
+    assert flops_of(768, 3072, jordan, torch.float32, CPU) < 0.6 * flops(768, 3072, 5)
+    assert flops_of(4096, 14336, jordan, torch.bfloat16, SymmetricProducts("cuda")) < 0.85 * flops(4096, 14336, 5)
 
 
 @pytest.mark.parametrize("size", [1, 7, 255, 256, 301, 513, 1100])
@@ -132,13 +138,13 @@ def test_a_symmetric_product_is_the_whole_product(size: int, batch: tuple[int, .
     x = torch.randn(*batch, size, 40, dtype=torch.float64)
     gram, both, out = x @ x.mT, torch.empty(*batch, size, size, dtype=torch.float64), torch.empty(*batch, size, size, dtype=torch.float64)
     with FlopCounterMode(display=False) as counter:
-        symmetric_product(x, x.mT, both)
-    assert counter.get_total_flops() == 2 * 40 * computed_elements(size, "cpu") * (batch or (1,))[0]
-    symmetric_product(both, both, out, addend=both, beta=-1.5, alpha=0.5)
+        CPU.multiply(x, x.mT, both)
+    assert counter.get_total_flops() == 2 * 40 * CPU.computed_elements(size, x.dtype) * (batch or (1,))[0]
+    CPU.multiply(both, both, out, addend=both, beta=-1.5, alpha=0.5)
     torch.testing.assert_close(both, gram, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(out, -1.5 * gram + 0.5 * gram @ gram, rtol=1e-12, atol=1e-10)
-    for start, stop in block_rows(size, "cpu"):
+    for start, stop in CPU.ranges(size, x.dtype):
         assert torch.equal(both[..., start:stop, :start], both[..., :start, start:stop].mT)
-    share = computed_elements(size, "cpu") / size**2
+    share = CPU.computed_elements(size, x.dtype) / size**2
     assert share == 1 if size < 256 else share < 0.76
-    assert computed_elements(size, "cuda") == size**2
+    assert SymmetricProducts("cuda").computed_elements(size, x.dtype) == size**2

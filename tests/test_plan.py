@@ -11,6 +11,7 @@ from hypothesis import given, settings
 
 from muon_dist.cli.models import model_parameters
 from muon_dist.cli.plan import plan_model
+from muon_dist.groups import PlanOptions
 from muon_dist.sharding.exchange import route_bucket
 from muon_dist.sharding.layout import Placement, ShardLayout, box_numel, fragment_numel, whole
 from muon_dist.sharding.owners import FLOPS_PER_BYTE
@@ -185,7 +186,7 @@ def test_buckets_hold_what_one_owner_may_receive_and_a_larger_matrix_is_its_own(
 
 
 def llama(dp: int, tp: int, zero: int) -> tuple[Plan, list[int], list[int]]:
-    return plan_model(model_parameters("configs/models/llama-8b.json"), dp=dp, tp=tp, zero=zero, ns_steps=5, bucket_mb=64)
+    return plan_model(model_parameters("configs/models/llama-8b.json"), dp=dp, tp=tp, zero=zero, ns_steps=5, options=PlanOptions())
 
 
 @pytest.mark.parametrize(("dp", "tp", "zero"), [(4, 2, 0), (8, 1, 0), (4, 2, 1), (2, 16, 1), (4, 2, 3)])
@@ -258,7 +259,7 @@ def bound_gpt(zero: int) -> tuple[list[int], list[tuple[int, int]]]:
 @pytest.mark.parametrize("zero", [0, 3])
 def test_the_command_plans_what_the_optimizer_does(zero: int) -> None:
     parameters = model_parameters("configs/models/gpt-5m.json")
-    plan, state, adamw = plan_model(parameters, dp=2, tp=1, zero=zero, ns_steps=5, bucket_mb=64, device_type="cpu")
+    plan, state, adamw = plan_model(parameters, dp=2, tp=1, zero=zero, ns_steps=5, options=PlanOptions(), device_type="cpu")
     loads = plan.loads()
     for flops, traffic in run_ranks(2, bound_gpt, zero):
         assert flops == [load.flops for load in loads]

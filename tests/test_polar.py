@@ -12,6 +12,7 @@ from muon_dist.polar.cost import flops, flops_of
 from muon_dist.polar.matrix_view import MatrixView, matrices_of
 from muon_dist.polar.newton_schulz import orthogonalize_batch
 from muon_dist.polar.polynomials import JORDAN, Schedule, schedule_for
+from muon_dist.polar.products import SymmetricProducts
 from muon_dist.polar.scaling import update_scale
 
 from .reference import orthogonalize as reference_orthogonalize
@@ -174,12 +175,12 @@ def test_flops_count_the_products_that_run(shape: tuple[int, int], steps: int) -
     from torch.utils.flop_counter import FlopCounterMode
 
     schedule = schedule_for("jordan", steps)
-    expected = flops_of(*shape, schedule, torch.float32, "cpu")  # before counting: the form is found by trying, once
+    expected = flops_of(*shape, schedule, torch.float32, SymmetricProducts("cpu"))  # before counting: the form is found by trying, once
     with FlopCounterMode(display=False) as counter:
         orthogonalize(torch.randn(shape), steps=steps)
     assert counter.get_total_flops() == expected <= flops(*shape, steps)
     if max(shape) < 2 * min(shape) < 512:  # too square for Gram space, too small for half a product
-        assert flops_of(*shape, schedule, torch.float32, "cpu") == flops(*shape, steps)
+        assert flops_of(*shape, schedule, torch.float32, SymmetricProducts("cpu")) == flops(*shape, steps)
 
 
 def test_scales() -> None:

@@ -12,6 +12,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from muon_dist import MuonDist, ShardLayout
 from muon_dist.polar.cost import segments_of, sliced_flops_of
 from muon_dist.polar.polynomials import schedule_for
+from muon_dist.polar.products import SymmetricProducts
 from muon_dist.sharding.layout import Placement
 from muon_dist.sharding.plan import Plan, make_plan
 from muon_dist.sharding.slicing import Slicing, slicing_of
@@ -58,7 +59,7 @@ def stepped(shapes: list[tuple[int, int]], dim: int, options: dict[str, Any]) ->
 @pytest.mark.parametrize("world", [2, 3])
 def test_a_slice_that_a_rank_stores_stays_and_gram_matrices_are_added_up_once_per_segment(world: int) -> None:
     shapes = [(96, 32)] * 3  # tall, cut along rows
-    segments = len(segments_of(schedule_for("jordan", 5).steps, 96, 32, torch.float32, "cpu"))
+    segments = len(segments_of(schedule_for("jordan", 5).steps, 96, 32, torch.float32, SymmetricProducts("cpu")))
     for rank in run_ranks(world, stepped, shapes, 0, {"placement": "gram"}):
         assert rank["collectives"] == {"allreduce_": 1 + 1 + segments}  # flags, norms, and all three matrices at once
         assert rank["added_up"] == 3 * segments * 32 * 32 * 4
@@ -68,7 +69,7 @@ def test_a_slice_that_a_rank_stores_stays_and_gram_matrices_are_added_up_once_pe
 
 
 def test_slices_cost_each_rank_a_share_of_the_length_and_all_of_the_gram_matrix() -> None:
-    fixed, per_row, _ = sliced_flops_of(4096, 32, schedule_for("jordan", 5), torch.float32, "cpu")
+    fixed, per_row, _ = sliced_flops_of(4096, 32, schedule_for("jordan", 5), torch.float32, SymmetricProducts("cpu"))
     (sliced, *_), owned = (run_ranks(4, stepped, [(4096, 32)], 0, {"placement": placement}) for placement in ("gram", "owner"))
     whole = sum(rank["load"].flops for rank in owned)  # one rank's work
     assert whole == fixed + 4096 * per_row and sliced["load"].flops == fixed + 1024 * per_row < 0.3 * whole

@@ -20,7 +20,7 @@ from muon_dist.sharding.plan import Plan
 from muon_dist.telemetry import Telemetry
 
 from ..part import Part, all_holders, new_state, not_finite
-from .settings import read_settings, refuse_unsupported
+from .settings import plan_options, read_settings, refuse_unsupported
 from .tensor_parallel import local_shape, tensor_parallel_group, whole_shape
 from .views import mismatch, views_of
 from .wrappers import Host, describe
@@ -140,8 +140,8 @@ class MuonDist(torch.optim.Optimizer):
 
         device = torch.device(get_accelerator().current_device_name())
         views = [views_of(stores, self._every_group, names, holders, self._tensor_parallel, device) for stores in host.calls]
-        travel = {key: self._arguments[key] for key in ("bucket_mb", "placement")}
-        parts = [Part(each, self._every_group, lambda t: self.state[t], self._spectra, **travel) for each in views]
+        options = plan_options(self._arguments)
+        parts = [Part(each, self._every_group, lambda t: self.state[t], self._spectra, options=options) for each in views]
         sizes = {name: math.prod(whole_shape(p, name)) for p, name in names.items() if p.requires_grad}
         trained = [route.name for route in self.routes if route.algorithm == "muon"]
         told: list[Any] = [None] * dist.get_world_size()

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from muon_dist.groups import check_placement
+from muon_dist.groups import PLAN_KEYS, PlanOptions
 
 from ..part import DEFAULTS
 
@@ -58,8 +58,13 @@ def read_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
     polynomial = arguments.get("polynomial")
     if isinstance(polynomial, list):  # JSON has no tuples
         arguments["polynomial"] = tuple(tuple(step) if isinstance(step, list) else step for step in polynomial)
-    check_placement(*(arguments.get(key, DEFAULTS[key]) for key in ("placement", "bucket_mb")))
+    plan_options({**DEFAULTS, **arguments})  # raises
     return {**{k: v for k, v in DEFAULTS.items() if k not in _NOT_HERE}, **arguments}, patterns
+
+
+def plan_options(arguments: Mapping[str, Any]) -> PlanOptions:
+    """Those of the optimizer's arguments that decide the plan."""
+    return PlanOptions(**{key: arguments[key] for key in PLAN_KEYS})
 
 
 def _offload(config: Any) -> Any:

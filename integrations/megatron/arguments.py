@@ -64,6 +64,9 @@ def add_muon_dist_args(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     add("--muon-wire-dtype", choices=["bf16", "fp32"], help="What travels between ranks: bf16 on GPUs, fp32 on CPUs.")
     add("--muon-bucket-mb", type=float, default=64, help="MiB that an owner gathers at a time (64).")
     add("--muon-placement", choices=PLACEMENTS, default="owner", help="Who works on a matrix: an owner, all ranks on slices, or by cost.")
+    add(
+        "--muon-symmetric-kernels", type=int, metavar="ROWS", help="From how many rows on a Triton kernel takes symmetric products (never)."
+    )
     add("--muon-params", nargs="+", default=(), metavar="PATTERN", help="Names of parameters that go to Muon whatever the rules say.")
     add("--muon-adamw-params", nargs="+", default=(), metavar="PATTERN", help="Names of parameters that go to AdamW: router, …")
     add("--muon-telemetry-dir", metavar="DIR", help="Where measured spectra go, as lines of JSON; `muon-dist spectrum DIR` shows them.")

@@ -29,7 +29,7 @@ from muon_dist.telemetry import Telemetry
 
 from ..part import DEFAULTS, Part, View, new_state, not_finite
 from .parameters import Described, Groups, describe, groups_of, whole_model
-from .settings import MuonDistConfig, arguments, completed, refuse_unsupported
+from .settings import MuonDistConfig, arguments, completed, plan_options, refuse_unsupported
 from .wrappers import FlatBuffers, Piece, absent, pieces, whole_piece
 
 # What saved groups carry of ours: Megatron's wrappers pass groups through as they are
@@ -88,8 +88,7 @@ class MuonDist(torch.optim.Optimizer):
             self._bound = True
             return None
         self._refuse_unlike(unlike, views)
-        bucket_mb, placement = self._config.muon_bucket_mb, self._config.muon_placement
-        self._part = Part(views, self._groups, self._state_of, self._spectra, bucket_mb=bucket_mb, placement=placement)
+        self._part = Part(views, self._groups, self._state_of, self._spectra, options=plan_options(self._config))
         self._bound = True
         optimizer = self._part.optimizer
         optimizer._all_names, optimizer._model_numel, optimizer._telemetry = self.all_names, self.model_numel, self.telemetry

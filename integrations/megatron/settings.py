@@ -11,7 +11,7 @@ from typing import Any
 from megatron.core.optimizer import OptimizerConfig
 from torch import nn
 
-from muon_dist.groups import check_placement
+from muon_dist.groups import PLAN_KEYS, PlanOptions
 from muon_dist.polar.polynomials import Coefficients
 
 NAME = "muon_dist"
@@ -46,6 +46,7 @@ class MuonDistConfig(OptimizerConfig):
     muon_wire_dtype: str | None = None
     muon_bucket_mb: float = 64
     muon_placement: str = "owner"  # or "gram", "auto"
+    muon_symmetric_kernels: int | None = None  # rows from which a Triton kernel takes symmetric products
     muon_params: Sequence[str] = field(default_factory=tuple)  # patterns of names that go to Muon whatever the rules say
     muon_adamw_params: Sequence[str] = field(default_factory=tuple)  # … and to AdamW
     muon_telemetry_dir: str | None = None
@@ -126,6 +127,11 @@ def coefficients(name: str, steps: int) -> tuple[Coefficients, ...]:
     return tuple(given[k % len(given)] if then == "cycle" else given[min(k, len(given) - 1)] for k in range(steps))
 
 
+def plan_options(config: MuonDistConfig) -> PlanOptions:
+    """Those of the settings that decide the plan."""
+    return PlanOptions(**{key: getattr(config, f"muon_{key}") for key in PLAN_KEYS})
+
+
 def arguments(config: Any) -> dict[str, Any]:
     """What `muon_dist.MuonDist` is given for a config: learning rates aside, which Megatron's groups hold.
 
@@ -147,7 +153,7 @@ def arguments(config: Any) -> dict[str, Any]:
     precision = config.muon_fp32_matmul_prec
     if precision not in ("medium", "high", "highest"):
         raise ValueError(f"muon_fp32_matmul_prec={precision!r}: choose 'medium' (bf16 on a GPU), 'high' or 'highest'")
-    check_placement(config.muon_placement, config.muon_bucket_mb)
+    plan_options(config)  # raises
     adjust, factor = SCALES[config.muon_scale_mode]
     return {
         "momentum": config.muon_momentum,

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..cli.picture import pyplot
 from ..cli.table import table, write_json
 from ..polar.newton_schulz import orthogonalize
 from ..polar.polynomials import Schedule, schedule_for, widest_schedule
@@ -98,10 +99,7 @@ def _slope(x: list[int], y: list[float]) -> float:
 
 
 def draw(results: list[dict[str, object]], path: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     betas = sorted({r["beta"] for r in results})  # type: ignore[type-var]
     figure, axes = plt.subplots(1, len(betas), figsize=(5.2 * len(betas), 4.2), layout="constrained", squeeze=False)

@@ -6,6 +6,8 @@ dtype; a large square product tells what the machine can do.
 
 from __future__ import annotations
 
+import functools
+import math
 import platform
 import statistics
 import time
@@ -21,6 +23,7 @@ from ..polar import newton_schulz
 from ..polar.cost import flops, form_name, segments_of
 from ..polar.newton_schulz import default_compute_dtype, dtype_named, orthogonalize_batch
 from ..polar.polynomials import JORDAN, Schedule, schedule_for
+from ..polar.products import SymmetricProducts, check_kernels
 from ..polar.restarts import single_steps
 from .peers import newton_schulz as torch_iteration
 
@@ -38,6 +41,7 @@ def run(
     device: str | None,
     rounds: int,
     threads: int,
+    symmetric_kernels: bool,
     json_path: str | None,
 ) -> int:
     if min(steps, batch, rounds, threads) < 1:
@@ -46,6 +50,10 @@ def run(
     torch.set_num_threads(threads)
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     compute = dtype_named(dtype, "--dtype") or default_compute_dtype(on, torch.float32, schedule)
+    if symmetric_kernels:
+        check_kernels(1, on.type)
+        if compute == torch.float64:
+            raise ValueError("--symmetric-kernels: the kernel is for bf16, fp16 and fp32")
     name = torch.cuda.get_device_name(on) if on.type == "cuda" else f"{platform.machine()}, {threads} threads"
     print(
         f"{polynomial}, {len(schedule)} steps, batches of {batch}, {str(compute).removeprefix('torch.')}; {rounds} rounds after one warm-up"
@@ -56,7 +64,7 @@ def run(
     rows, records = [], []
     for size in sizes:
         seconds = _measure(size, schedule, batch, compute, on, rounds)
-        segments = segments_of(schedule.steps, *size, compute, on.type)
+        segments = segments_of(schedule.steps, *size, compute, SymmetricProducts(on.type))
         useful = batch * flops(*size, len(schedule)) / statistics.median(seconds[CHOSEN])
         ratios = {k: [a / b for a, b in zip(seconds[CHOSEN], seconds[k], strict=True)] for k in (DIRECT, PEER)}
         rows.append(
@@ -77,7 +85,10 @@ def run(
         "where operations are saved."
     )
     options = {"polynomial": polynomial, "steps": len(schedule), "batch": batch, "dtype": str(compute), "device": name, "rounds": rounds}
-    write_json(json_path, {"torch": torch.__version__, **options, "product_flops_per_second": peak, "shapes": records})
+    content = {"torch": torch.__version__, **options, "product_flops_per_second": peak, "shapes": records}
+    if symmetric_kernels:
+        content["symmetric_kernels"] = _compare_kernels(sizes, batch, compute, on, rounds)
+    write_json(json_path, content)
     return 0
 
 
@@ -110,6 +121,39 @@ def _measure(
         for name, side in sides.items():
             seconds[name].append(_timed(side, device))
     return {name: times[1:] for name, times in seconds.items()}
+
+
+def _compare_kernels(
+    sizes: list[tuple[int, int]], batch: int, dtype: torch.dtype, device: torch.device, rounds: int
+) -> list[dict[str, Any]]:
+    """The Triton kernel beside torch's product of everything, on XXᵀ and on bA + cA²; says from how many rows on it is faster."""
+    kernel, whole = SymmetricProducts(device.type, 1), SymmetricProducts("cuda")
+    rows, records = [], []
+    slower = 0  # the largest matrix for which the kernel is not faster
+    shapes = sorted({(min(size), max(size)) for size in sizes})
+    for m, n in shapes:
+        x = torch.randn(batch, m, n, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype) / math.sqrt(n)
+        gram, out = x @ x.mT, torch.empty(batch, m, m, dtype=dtype, device=device)
+        factors: dict[str, tuple[Tensor, Tensor, dict[str, Any]]] = {
+            "XXᵀ": (x, x.mT, {}),
+            "bA + cA²": (gram, gram, {"addend": gram, "beta": -4.775, "alpha": 2.0315}),
+        }
+        for name, (first, second, more) in factors.items():
+            times: dict[SymmetricProducts, list[float]] = {kernel: [], whole: []}
+            for _ in range(rounds + 1):
+                for products, taken in times.items():
+                    taken.append(_timed(functools.partial(products.multiply, first, second, out, **more), device))
+            ratios = [a / b for a, b in zip(times[kernel][1:], times[whole][1:], strict=True)]
+            rows.append((f"{m} × {n}", name, f"{statistics.median(ratios):.2f}× ({min(ratios):.2f} … {max(ratios):.2f})"))
+            records.append({"shape": [m, n], "product": name, "kernel_over_torch": ratios})
+            slower = m if statistics.median(ratios) >= 1 else slower
+    print()
+    print(table(("matrix", "product", "the kernel over torch's product"), rows, right=(2,)))
+    if faster := [m for m, _ in shapes if m > slower]:
+        print(f"\nOf these shapes the kernel is faster from {faster[0]} rows on: MuonDist(symmetric_kernels={faster[0]}).")
+    else:
+        print("\nThe kernel is not faster for the largest of these shapes: leave symmetric_kernels out.")
+    return records
 
 
 def _product_rate(side: int, dtype: torch.dtype, device: torch.device, rounds: int) -> float:

@@ -23,17 +23,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.multiprocessing.spawn import spawn
 
-from ..binding import matrix_tasks
 from ..cli.models import ModelParameter, active_share, model_parameters
-from ..cli.plan import placements
+from ..cli.picture import pyplot
+from ..cli.plan import placements, plan_of
 from ..cli.table import si, table, write_json
+from ..groups import PlanOptions
 from ..optimizer import MuonDist
-from ..polar.matrix_view import matrices_of
 from ..polar.newton_schulz import orthogonalize_batch
 from ..polar.polynomials import schedule_for
-from ..sharding.layout import Placement, fragment_numel
-from ..sharding.plan import Plan, make_plan
-from ..sharding.tasks import MatrixTask
+from ..sharding.layout import fragment_numel
+from ..sharding.plan import Plan
 from .simulation import APPLY_BYTES, MOMENTUM_BYTES, Rates, Timeline, Work, simulate
 from .step import GPT2_SMALL_LAYER, on_rank, times_in_turns
 
@@ -65,19 +64,14 @@ def run(
     start: float,
     model_flops: float,
     tokens_per_rank: int,
-    bucket_mb: float,
-    placement: str,
+    options: PlanOptions,
     picture: str | None,
     json_path: str | None,
 ) -> int:
-    if (
-        min(*ranks, steps, rounds, tokens_per_rank, *check_ranks) < 1
-        or min(products, memory, link, model_flops, bucket_mb) <= 0
-        or start < 0
-    ):
+    if min(*ranks, steps, rounds, tokens_per_rank, *check_ranks) < 1 or min(products, memory, link, model_flops) <= 0 or start < 0:
         raise ValueError("--ranks, --check-ranks, --steps, --rounds and --tokens-per-rank must be at least 1, and all rates above 0")
     if picture is not None:
-        _matplotlib()
+        pyplot()
     host, checks = calibrate(check_ranks, steps, rounds)
     rates = Rates(products=products * 1e12, memory=memory * 1e12, link=link * 1e9, start=start * 1e-6, host=host)
     print(
@@ -93,7 +87,7 @@ def run(
             if n % (job.tp * job.experts_over):
                 print(f"{job.name} needs a multiple of {job.tp * job.experts_over} ranks: {n} left out")
                 continue
-            timeline, sent, imbalance = predict(job, n, steps, bucket_mb, rates, placement)
+            timeline, sent, imbalance = predict(job, n, steps, rates, options)
             numel = sum(math.prod(p.shape) for p in job.parameters)
             training = 6 * numel * job.active * tokens_per_rank / (model_flops * 1e12)
             records.append(
@@ -127,7 +121,7 @@ def run(
         {
             "rates": asdict(rates),
             "steps": steps,
-            "placement": placement,
+            **asdict(options),
             "tokens_per_rank": tokens_per_rank,
             "checks": checks,
             "jobs": records,
@@ -147,7 +141,7 @@ def _job(model: str, *, tp: int, experts_over: int = 1) -> Job:
     return Job(name=model, parameters=parameters, tp=tp, experts_over=experts_over, active=active_share(path, parameters))
 
 
-def predict(job: Job, ranks: int, steps: int, bucket_mb: float, rates: Rates, placement: str = "owner") -> tuple[Timeline, int, float]:
+def predict(job: Job, ranks: int, steps: int, rates: Rates, options: PlanOptions) -> tuple[Timeline, int, float]:
     """The timeline of a step, the bytes that a rank sends at most, and the worst domain's imbalance over what is possible."""
     everyone = np.arange(ranks)
     experts = [p for p in job.parameters if ".experts." in p.name]
@@ -159,7 +153,7 @@ def predict(job: Job, ranks: int, steps: int, bucket_mb: float, rates: Rates, pl
     ):
         if not parameters:
             continue
-        plan, held, rest = _plan(parameters, n, tp, steps, bucket_mb, placement)
+        plan, held, rest = _plan(parameters, n, tp, steps, options)
         loads = plan.bucket_loads()
         domains.append(Work(loads=loads, position=position, held=held[position]))
         adamw += rest[position]
@@ -168,25 +162,14 @@ def predict(job: Job, ranks: int, steps: int, bucket_mb: float, rates: Rates, pl
     return simulate(domains, adamw, rates), int(sent.max()), imbalance
 
 
-def _plan(
-    parameters: list[ModelParameter], ranks: int, tp: int, steps: int, bucket_mb: float, placement: str
-) -> tuple[Plan, np.ndarray, np.ndarray]:
+def _plan(parameters: list[ModelParameter], ranks: int, tp: int, steps: int, options: PlanOptions) -> tuple[Plan, np.ndarray, np.ndarray]:
     """A domain's plan, and the elements of matrices and of everything else that each of its ranks stores."""
-    schedule = schedule_for("jordan", steps)
     places = placements(parameters, ranks // tp, tp, zero=1)
     held, rest = np.zeros(ranks, np.int64), np.zeros(ranks, np.int64)
-    tasks: list[MatrixTask] = []
-    own: list[Placement] = []
     for p, place in zip(parameters, places, strict=True):
-        numels = np.array([fragment_numel(f) if f else 0 for f in place.fragments], np.int64)
-        if p.route.view is None:
-            rest += numels
-            continue
-        held += numels
-        matrices = matrices_of(p.shape, p.route.view, p.name)
-        tasks += matrix_tasks(p.name, len(own), matrices, [schedule] * len(matrices), torch.bfloat16, torch.bfloat16, "cuda")
-        own.append(place)
-    return make_plan(own, tasks, n_ranks=ranks, bucket_bytes=int(bucket_mb * 2**20), placement=placement), held, rest
+        to = rest if p.route.view is None else held
+        to += [fragment_numel(f) if f else 0 for f in place.fragments]
+    return plan_of(parameters, places, options, ns_steps=steps), held, rest
 
 
 # ---------------------------------------------------------------------------------------------------------------- this machine
@@ -270,20 +253,9 @@ def _measure(rank: int, world: int, folder: str, steps: int, rounds: int) -> Non
         torch.save(figures, os.path.join(folder, "figures"))
 
 
-def _matplotlib() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--picture needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
 def draw(records: list[dict[str, Any]], picture: str) -> None:
     """The step's time over the number of ranks, and what it is made of, a panel per model."""
-    plt = _matplotlib()
+    plt = pyplot()
     models = list(dict.fromkeys(r["model"] for r in records))
     figure, axes = plt.subplots(1, len(models), figsize=(4.2 * len(models), 3.6), sharey=True, squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):

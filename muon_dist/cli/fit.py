@@ -13,6 +13,7 @@ import numpy as np
 from ..spectrum.moments import QUANTILES
 from ..spectrum.scaling_law import COLUMNS, Law, Observation, ScalingLaws, read_observations, shipped_laws
 from ..telemetry import read_run
+from .picture import pyplot
 from .table import table
 
 SETTLED = 0.25  # a quantile has settled once it stays within this of its final value, relative
@@ -95,10 +96,7 @@ def settles_at(records: list[dict[str, Any]], q: float) -> int | None:
 
 
 def draw(laws: list[Law], observations: list[Observation], path: str, q: float) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     kinds = sorted({law.kind for law in laws})
     figure, axes = plt.subplots(1, len(kinds), figsize=(3.6 * len(kinds), 3.8), layout="constrained", squeeze=False, sharey=True)

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from ..groups import PLAN_KEYS, PlanOptions
 from ..polar.polynomials import NAMES as POLYNOMIALS
 from ..polar.scaling import NAMES
 from ..run.bootstrap import LAUNCHERS
@@ -36,8 +37,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks (default 1)")
     plan.add_argument("--zero", type=int, default=1, choices=(0, 1, 2, 3), help="ZeRO stage (default 1)")
     plan.add_argument("--ns-steps", type=int, default=5)
-    plan.add_argument("--bucket-mb", type=float, default=64)
-    plan.add_argument("--placement", choices=PLACEMENTS, default="owner", help="who works on a matrix, as MuonDist's placement=")
+    _add_plan_options(plan)
     plan.add_argument("--tokens", type=int, default=2**20, help="tokens per step, for the model's FLOPs (default 1,048,576)")
     plan.add_argument("--json", metavar="FILE", help="also write every matrix's owner and every rank's load")
 
@@ -90,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
     ns.add_argument("--dtype", help="of the products, such as bf16 (default: what MuonDist takes on the device)")
     ns.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     ns.add_argument("--rounds", type=int, default=7)
+    ns.add_argument("--symmetric-kernels", action="store_true", help="also measure from how many rows on the Triton kernel is faster")
 
     adaptive = benches.add_parser("adaptive", help="FLOPs and coverage of adaptive step counts on real momentum, part by part")
     accuracy = benches.add_parser("spectrum", help="estimated quantiles over exact ones")
@@ -152,8 +153,7 @@ def parser() -> argparse.ArgumentParser:
     scale.add_argument("--start", type=float, default=100, help="input: µs to start an all-to-all (default 100)")
     scale.add_argument("--model-flops", type=float, default=400, help="input: TFLOP/s of a rank on the model itself (default 400)")
     scale.add_argument("--tokens-per-rank", type=int, default=4096, help="of a step (default 4096)")
-    scale.add_argument("--bucket-mb", type=float, default=64)
-    scale.add_argument("--placement", choices=PLACEMENTS, default="owner", help="who works on a matrix (default owner)")
+    _add_plan_options(scale)
     scale.add_argument("--picture", metavar="FILE", help="plot of the steps; needs matplotlib")
 
     for command in (ns, adaptive, accuracy, training, ladder, memory, overhead):
@@ -190,9 +190,8 @@ def _run(arguments: argparse.Namespace) -> int:
             tp=arguments.tp,
             zero=arguments.zero,
             ns_steps=arguments.ns_steps,
-            bucket_mb=arguments.bucket_mb,
+            options=_plan_options(arguments),
             tokens=arguments.tokens,
-            placement=arguments.placement,
             laws=arguments.laws,
             coverage=arguments.coverage,
             json_path=arguments.json,
@@ -259,10 +258,22 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.bench == "scale":
         from ..bench import scale
 
-        return scale.run(**options)
+        own = {key: value for key, value in options.items() if key not in PLAN_KEYS}
+        return scale.run(options=_plan_options(arguments), **own)
     from ..bench import overhead
 
     return overhead.run(**options)
+
+
+def _add_plan_options(parser: argparse.ArgumentParser) -> None:
+    """Those of `MuonDist` that are of no parameter group."""
+    parser.add_argument("--bucket-mb", type=float, default=64, help="MiB that an owner gathers at a time, at most (default 64)")
+    parser.add_argument("--placement", choices=PLACEMENTS, default="owner", help="who works on a matrix (default owner)")
+    parser.add_argument("--symmetric-kernels", type=int, metavar="ROWS", help="from how many rows on a kernel takes symmetric products")
+
+
+def _plan_options(arguments: argparse.Namespace) -> PlanOptions:
+    return PlanOptions(**{key: getattr(arguments, key) for key in PLAN_KEYS})
 
 
 if __name__ == "__main__":

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..binding import matrix_tasks
+from ..groups import PlanOptions
 from ..polar.cost import flops
 from ..polar.matrix_view import matrices_of
 from ..polar.polynomials import Schedule, schedule_for
+from ..polar.products import SymmetricProducts
 from ..sharding.layout import Fragment, Placement, ShardLayout, fragment_numel
 from ..sharding.plan import Plan, make_plan
 from ..sharding.tasks import SLICED, MatrixTask
@@ -78,6 +81,31 @@ def _blocks(p: ModelParameter, tp: int) -> list[tuple[tuple[int, int], ...]]:
     return boxes
 
 
+def plan_of(
+    parameters: list[ModelParameter],
+    places: list[Placement],
+    options: PlanOptions,
+    *,
+    ns_steps: int,
+    schedules: Mapping[str, Sequence[Schedule]] | None = None,
+    device_type: str = "cuda",
+) -> Plan:
+    """The plan of those parameters that go to Muon, in bf16, for ranks that hold them as `places` says.
+
+    `schedules`, by parameter and matrix, replace `ns_steps` for all.
+    """
+    fixed, products = schedule_for("jordan", ns_steps), SymmetricProducts(device_type, options.symmetric_kernels)
+    muon = [(p, place) for p, place in zip(parameters, places, strict=True) if p.route.view is not None]
+    tasks: list[MatrixTask] = []
+    for position, (p, _) in enumerate(muon):
+        assert p.route.view is not None
+        matrices = matrices_of(p.shape, p.route.view, p.name)
+        own = [fixed] * len(matrices) if schedules is None else schedules[p.name]
+        tasks += matrix_tasks(p.name, position, matrices, own, torch.bfloat16, torch.bfloat16, products)
+    n_ranks = len(places[0].fragments)
+    return make_plan([place for _, place in muon], tasks, n_ranks=n_ranks, bucket_bytes=options.bucket_bytes, placement=options.placement)
+
+
 def plan_model(
     parameters: list[ModelParameter],
     *,
@@ -85,31 +113,19 @@ def plan_model(
     tp: int,
     zero: int,
     ns_steps: int,
-    bucket_mb: float,
+    options: PlanOptions,
     schedules: Mapping[str, Sequence[Schedule]] | None = None,
     device_type: str = "cuda",
-    placement: str = "owner",
 ) -> tuple[Plan, list[int], list[int]]:
-    """The plan of a job, with every rank's bytes of optimizer state for MuonDist and for AdamW alone.
-
-    `schedules`, by parameter and matrix, replace `ns_steps` for all. `device_type` decides which form Newton–Schulz takes.
-    """
+    """The plan of a job (`plan_of`), with every rank's bytes of optimizer state for MuonDist and for AdamW alone."""
     if min(dp, tp) < 1 or zero not in (0, 1, 2, 3):
         raise ValueError(f"--dp and --tp must be at least 1 and --zero one of 0, 1, 2, 3; got {dp}, {tp}, {zero}")
-    if ns_steps < 1 or bucket_mb <= 0:
-        raise ValueError(f"--ns-steps must be at least 1 and --bucket-mb above 0; got {ns_steps} and {bucket_mb}")
-    fixed = schedule_for("jordan", ns_steps)
+    if ns_steps < 1:
+        raise ValueError(f"--ns-steps must be at least 1; got {ns_steps}")
     places = placements(parameters, dp, tp, zero)
-    muon = [(p, place) for p, place in zip(parameters, places, strict=True) if p.route.view is not None]
-    tasks: list[MatrixTask] = []
-    for position, (p, _) in enumerate(muon):
-        assert p.route.view is not None
-        matrices = matrices_of(p.shape, p.route.view, p.name)
-        own = [fixed] * len(matrices) if schedules is None else schedules[p.name]
-        tasks += matrix_tasks(p.name, position, matrices, own, torch.bfloat16, torch.bfloat16, device_type)
-    plan = make_plan([place for _, place in muon], tasks, n_ranks=dp * tp, bucket_bytes=int(bucket_mb * 2**20), placement=placement)
+    plan = plan_of(parameters, places, options, ns_steps=ns_steps, schedules=schedules, device_type=device_type)
     first_owner = {task.parameter: owner for task, owner in zip(plan.matrices, plan.owners, strict=True)}
-    positions = {p.name: k for k, (p, _) in enumerate(muon)}
+    positions = {p.name: k for k, p in enumerate(p for p in parameters if p.route.view is not None)}
     ours, adamw = np.zeros(plan.n_ranks, np.int64), np.zeros(plan.n_ranks, np.int64)
     numels: dict[int, np.ndarray] = {}
     for p, place in zip(parameters, places, strict=True):
@@ -162,9 +178,8 @@ def run(
     tp: int,
     zero: int,
     ns_steps: int,
-    bucket_mb: float,
+    options: PlanOptions,
     tokens: int,
-    placement: str,
     laws: bool,
     coverage: float,
     json_path: str | None,
@@ -173,9 +188,7 @@ def run(
         raise ValueError(f"--tokens must be at least 1, got {tokens}")
     parameters = model_parameters(config)
     schedules, predicted = predict(parameters, coverage) if laws else (None, [])
-    plan, state, adamw = plan_model(
-        parameters, dp=dp, tp=tp, zero=zero, ns_steps=ns_steps, bucket_mb=bucket_mb, schedules=schedules, placement=placement
-    )
+    plan, state, adamw = plan_model(parameters, dp=dp, tp=tp, zero=zero, ns_steps=ns_steps, options=options, schedules=schedules)
     loads = plan.loads()
     total = sum(load.flops for load in loads)
     numel = sum(math.prod(p.shape) for p in parameters)
@@ -187,8 +200,7 @@ def run(
         "zero": zero,
         "ns_steps": "laws" if laws else ns_steps,
         "predicted": predicted,
-        "bucket_mb": bucket_mb,
-        "placement": placement,
+        **asdict(options),
         "tokens_per_step": tokens,
         "parameters": numel,
         "ns_flops": total,
@@ -215,7 +227,7 @@ def run(
 
     steps = "predicted" if laws else ns_steps
     print(f"{config}: {si(numel)} parameters on {plan.n_ranks} ranks (dp {dp} × tp {tp}, ZeRO {zero}), {steps} Newton–Schulz steps")
-    report(plan, state, adamw, bucket_mb=bucket_mb, model_flops=model_flops, tokens=tokens)
+    report(plan, state, adamw, bucket_mb=options.bucket_mb, model_flops=model_flops, tokens=tokens)
     if laws:
         report_laws(plan, predicted, coverage)
     write_json(json_path, content)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from ..spectrum.moments import QUANTILES
 from ..telemetry import read_run
+from .picture import pyplot
 from .table import mean_of_known, table, write_json
 
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#7f7f7f")
@@ -29,12 +31,10 @@ def run(directory: str, picture: str | None, json_path: str | None) -> int:
     print(f"\nσ: singular value at rank ⌈q·r⌉ from the top over ‖M‖_F; < where not resolved. {len(records)} measurements.")
     print(f"Newton–Schulz of these {len(last)} matrices: {total / five:.2f}× the FLOPs of five steps.")
     path = Path(picture) if picture else Path(directory if Path(directory).is_dir() else Path(directory).parent) / "spectrum.png"
-    try:
+    if picture or importlib.util.find_spec("matplotlib"):
         draw(records, path)
         print(f"written: {path}")
-    except ImportError:
-        if picture:
-            raise ValueError("--picture needs matplotlib: pip install matplotlib") from None
+    else:
         print("no picture: matplotlib is not installed")
     write_json(json_path, list(last.values()))
     return 0
@@ -46,10 +46,7 @@ def _number(value: float | None) -> str:
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:
     """Median quantiles over steps; the median singular value over depth at the end; steps and coverage over steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     import numpy as np
 
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")

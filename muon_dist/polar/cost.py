@@ -1,7 +1,8 @@
 """What an orthogonalisation costs, and the cheaper of its forms: direct, or steps in Gram space.
 
-The choice is a pure function of shape, schedule, dtype and kind of device. It depends neither on timings, so that every rank and every
-resumed run chooses alike, nor on the batch, so that a matrix's update doesn't depend on which others share its owner.
+The choice is a pure function of shape, schedule, dtype and how products are taken on a kind of device. It depends neither on timings, so
+that every rank and every resumed run chooses alike, nor on the batch, so that a matrix's update doesn't depend on which others share its
+owner.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 
 from .deflation import deflation_flops
 from .polynomials import Coefficients, Schedule
-from .products import computed_elements
+from .products import SymmetricProducts
 from .restarts import best_segments, single_steps
 
 # Operations in the time that a product takes to bring one element of its result to memory: from the rate of products over the bandwidth of
@@ -29,46 +30,50 @@ def flops(rows: int, cols: int, steps: int, *, deflation: int = 0) -> int:
     return steps * (4 * m * m * n + 2 * m**3) + deflation_flops(m, n, deflation)
 
 
-def flops_of(rows: int, cols: int, schedule: Schedule, compute_dtype: torch.dtype, device_type: str) -> int:
+def flops_of(rows: int, cols: int, schedule: Schedule, compute_dtype: torch.dtype, products: SymmetricProducts) -> int:
     """What `orthogonalize_batch` takes for one matrix: of the form that is chosen, with half-computed symmetric products."""
     m, n = min(rows, cols), max(rows, cols)
-    segments = segments_of(schedule.steps, rows, cols, compute_dtype, device_type)
-    return sum(segment_flops(m, n, length, device_type) for length in segments) + deflation_flops(m, n, schedule.deflation)
+    segments = segments_of(schedule.steps, rows, cols, compute_dtype, products)
+    return sum(segment_flops(m, n, length, compute_dtype, products) for length in segments) + deflation_flops(m, n, schedule.deflation)
 
 
-def segment_flops(m: int, n: int, length: int, device_type: str) -> int:
+def segment_flops(m: int, n: int, length: int, compute_dtype: torch.dtype, products: SymmetricProducts) -> int:
     """Of XXᵀ, `length` steps on it, and the product with X; m <= n.
 
     A step takes A²; each but the first R ← QR, each but the last A ← Q(AQ). All but AQ are computed as symmetric.
     """
     symmetric = length + 2 * (length - 1)
-    return 2 * computed_elements(m, device_type) * (n + symmetric * m) + 2 * (length - 1) * m**3 + 2 * m * m * n
+    return 2 * products.computed_elements(m, compute_dtype) * (n + symmetric * m) + 2 * (length - 1) * m**3 + 2 * m * m * n
 
 
-def sliced_flops_of(rows: int, cols: int, schedule: Schedule, compute_dtype: torch.dtype, device_type: str) -> tuple[int, int, int]:
+def sliced_flops_of(
+    rows: int, cols: int, schedule: Schedule, compute_dtype: torch.dtype, products: SymmetricProducts
+) -> tuple[int, int, int]:
     """What every process takes where each holds a slice of a matrix along its longer side (`newton_schulz.Slices`).
 
     Returns:
         Operations on Gram matrices; those per row or column of its slice; and the bytes of Gram matrices that are added up.
     """
     m = min(rows, cols)
-    segments = segments_of(schedule.steps, rows, cols, compute_dtype, device_type)
-    alone = sum(segment_flops(m, 0, length, device_type) for length in segments)
-    each = sum(segment_flops(m, 1, length, device_type) for length in segments) - alone
+    segments = segments_of(schedule.steps, rows, cols, compute_dtype, products)
+    alone = sum(segment_flops(m, 0, length, compute_dtype, products) for length in segments)
+    each = sum(segment_flops(m, 1, length, compute_dtype, products) for length in segments) - alone
     return alone, each, len(segments) * m * m * max(compute_dtype.itemsize, 4)
 
 
 @functools.lru_cache(maxsize=4096)
-def segments_of(steps: tuple[Coefficients, ...], rows: int, cols: int, compute_dtype: torch.dtype, device_type: str) -> tuple[int, ...]:
+def segments_of(
+    steps: tuple[Coefficients, ...], rows: int, cols: int, compute_dtype: torch.dtype, products: SymmetricProducts
+) -> tuple[int, ...]:
     """How many steps are taken on each Gram matrix: (1, 1, …) is the direct form, (1, 2, 2) starts from X three times. See `restarts`."""
     m, n = min(rows, cols), max(rows, cols)
     if m == 0:
         return single_steps(len(steps))
-    per_element = OPERATIONS_PER_ELEMENT.get(device_type, OPERATIONS_PER_ELEMENT["cuda"])
+    per_element = OPERATIONS_PER_ELEMENT.get(products.device_type, OPERATIONS_PER_ELEMENT["cuda"])
 
     def cost(length: int) -> float:
         squares = 1 + length + 3 * (length - 1)
-        return segment_flops(m, n, length, device_type) + per_element * (squares * m * m + m * n)
+        return segment_flops(m, n, length, compute_dtype, products) + per_element * (squares * m * m + m * n)
 
     return best_segments(steps, compute_dtype, cost)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .cost import segments_of
 from .deflation import split_dominant
 from .polynomials import Coefficients, Polynomial, Schedule, explicit_schedule, schedule_for
-from .products import symmetric_product
+from .products import SymmetricProducts
 
 # The largest gain (the product of all a) that is left to bf16. A direction at 1e-4·‖X‖_F comes out of bf16 with .91 of its gain and
 # noise of .39 beside it, out of fp16 with 1.00 and .06 (measured at n = 512); lifting it to 1 takes a gain of 1e4.
@@ -171,6 +171,7 @@ def orthogonalize_batch(
     moments: Tensor | None = None,
     basis: Tensor | None = None,
     slices: Slices | None = None,
+    products: SymmetricProducts | None = None,
 ) -> Tensor:
     """Newton–Schulz on (B, m, n): returns (B, m, n) in `compute_dtype`. The input is workspace: its values are lost.
 
@@ -187,6 +188,8 @@ def orthogonalize_batch(
     With `slices` the batch is this process's part of larger matrices, and so is the result. Gram matrices are added up over all parts
     (every segment's, in fp32 at least), and so are the squares of norms; steps on a Gram matrix are taken by all, alike. The moments are
     those of the whole matrices. Deflation is not possible then.
+
+    `products`: how symmetric products are taken; None: as usual on this kind of device.
     """
     if batch.numel() == 0 and slices is None:
         return batch.to(compute_dtype, copy=True)
@@ -212,17 +215,24 @@ def orthogonalize_batch(
         moments[:, 0] = 1.0 if dominant is None else _inner(x, x)
     y = torch.empty_like(x)
     shape = tuple(x.shape[1:]) if slices is None else slices.shape
-    segments = segments_of(schedule.steps, *shape, x.dtype, x.device.type)
+    products = products or SymmetricProducts(x.device.type)
+    segments = segments_of(schedule.steps, *shape, x.dtype, products)
     # One matrix after the other where a batched product gains nothing: on a CPU the working set then fits its caches
     one_by_one = x.shape[0] == 1 or (x.device.type == "cpu" and min(shape) >= 192)
     for k in range(x.shape[0]) if one_by_one else [slice(None)]:
-        _iterate(x[k], y[k], schedule, segments, None if moments is None else moments[k, 1:], slices)
+        _iterate(x[k], y[k], schedule, segments, products, None if moments is None else moments[k, 1:], slices)
     result = y if len(segments) % 2 else x
     return result if dominant is None else result.add_(dominant)
 
 
 def _iterate(
-    x: Tensor, y: Tensor, schedule: Schedule, segments: Sequence[int], moments: Tensor | None, slices: Slices | None = None
+    x: Tensor,
+    y: Tensor,
+    schedule: Schedule,
+    segments: Sequence[int],
+    products: SymmetricProducts,
+    moments: Tensor | None,
+    slices: Slices | None,
 ) -> None:
     """Newton–Schulz in segments, one matrix or a batch: of each, A = XXᵀ, steps on A alone, and X ← RX (XᵀX and XR where X is tall).
 
@@ -236,14 +246,14 @@ def _iterate(
     root, spare = (torch.empty_like(gram) if max(segments) > 1 else gram for _ in range(2))
     k = 0
     for length in segments:
-        symmetric_product(*((x.mT, x) if tall else (x, x.mT)), gram)
+        products.multiply(*((x.mT, x) if tall else (x, x.mT)), gram)
         if slices is not None:
             slices.add_up(gram)
         for step in range(length):
             a, b, c = schedule.steps[k]
             if k == 0 and schedule.normalisation != "frobenius":
                 squared = polynomial if schedule.normalisation == "schatten8" else None
-                scale = _divide_by_schatten(x, gram, squared)
+                scale = _divide_by_schatten(x, gram, squared, products)
                 if moments is not None:
                     moments[..., 0] = scale[..., 0, 0]
             elif k == 0 and moments is not None:
@@ -251,7 +261,7 @@ def _iterate(
             if k == 0 and schedule.normalisation == "schatten8":
                 polynomial.mul_(c).add_(gram, alpha=b)  # holds A²
             else:
-                symmetric_product(gram, gram, polynomial, addend=gram, beta=b, alpha=c)
+                products.multiply(gram, gram, polynomial, addend=gram, beta=b, alpha=c)
             if moments is not None:
                 moments[..., 1 + 4 * k] = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64)
                 moments[..., 2 + 4 * k] = _inner(gram, gram)
@@ -262,14 +272,14 @@ def _iterate(
                 multiply_add(x, *((x, polynomial) if tall else (polynomial, x)), beta=a, out=y)
                 continue
             if step > 0:
-                symmetric_product(polynomial, root, spare, addend=root, beta=a)
+                products.multiply(polynomial, root, spare, addend=root, beta=a)
                 root, spare = spare, root
             if step < length - 1:
                 polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
                 if step == 0:
                     root.copy_(polynomial)
                 product(gram, polynomial, out=spare)  # whole: see restarts on the order of factors
-                symmetric_product(polynomial, spare, gram)
+                products.multiply(polynomial, spare, gram)
         if length > 1:
             product(*((x, root.mT) if tall else (root, x)), out=y)  # root is symmetric but for rounding
         x, y = y, x
@@ -280,7 +290,7 @@ def _iterate(
         moments[..., -1] = left
 
 
-def _divide_by_schatten(x: Tensor, gram: Tensor, squared: Tensor | None) -> Tensor:
+def _divide_by_schatten(x: Tensor, gram: Tensor, squared: Tensor | None, products: SymmetricProducts) -> Tensor:
     """Divide X, and its Gram matrix A with it, by (tr A²)^¼ or, where there is room for A² in `squared`, by (tr A⁴)^⅛.
 
     `squared` then holds A² of the divided X. The norms are taken in fp32 or more, of A divided by its own norm first, so that
@@ -296,7 +306,7 @@ def _divide_by_schatten(x: Tensor, gram: Tensor, squared: Tensor | None) -> Tens
     gram.div_(outer)
     scale = outer.sqrt()
     if squared is not None:
-        symmetric_product(gram, gram, squared)
+        products.multiply(gram, gram, squared)
         inner = norm(squared)  # (Σσ⁸)^½ of X/scale
         squared.div_(inner)
         root = inner.sqrt_()

@@ -6,7 +6,10 @@ XXᵀ is symmetric, and so is every product of polynomials of one Gram matrix, s
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
+import os
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,34 +17,85 @@ from torch import Tensor
 # On a CPU, MKL reaches its full rate from about this many rows a block on (measured; twelve or more blocks gain nothing further)
 _ROWS, _MOST_BLOCKS = 128, 8
 
-
-@functools.cache
-def block_rows(size: int, device_type: str) -> tuple[tuple[int, int], ...]:
-    """The half-open ranges of rows in which a size × size symmetric result is computed, each up to the diagonal; one range: all of it."""
-    count = max(1, min(size // _ROWS, _MOST_BLOCKS)) if device_type == "cpu" else 1
-    return tuple(itertools.pairwise(round(size * k / count) for k in range(count + 1)))
+# Rows of the Triton kernel's tiles: of small matrices, which would leave most of a GPU idle, and of others; fp32 has twice the bytes
+_SMALL_TILE, _TILE, _SMALL = 64, 128, 1024
 
 
-@functools.cache
-def computed_elements(size: int, device_type: str) -> int:
-    """How many elements of a size × size symmetric result are computed, the others being mirrored."""
-    return sum((stop - start) * stop for start, stop in block_rows(size, device_type))
+@dataclass(frozen=True)
+class SymmetricProducts:
+    """How symmetric products are taken on a kind of device.
 
+    On a CPU: a few rows at a time, each up to the diagonal. Elsewhere torch's product of all of it; or, where `kernels_from` says so, the
+    Triton kernel of `kernels`, which computes tiles up to the diagonal.
 
-def symmetric_product(
-    first: Tensor, second: Tensor, out: Tensor, *, addend: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
-) -> None:
-    """out ← beta·addend + alpha·first·second, or first·second without an addend, (m, m) or (B, m, m), where that is symmetric.
-
-    `out` shares memory with none of the others.
+    Attributes:
+        device_type: "cpu", "cuda", …
+        kernels_from: rows of a result from which the kernel is used, in bf16, fp16 and fp32; None: never.
     """
-    ranges = block_rows(out.shape[-1], out.device.type)
-    for start, stop in ranges:
-        rows, columns, part = first[..., start:stop, :], second[..., :stop], out[..., start:stop, :stop]
-        if addend is None:
-            (torch.mm if out.ndim == 2 else torch.bmm)(rows, columns, out=part)
-        else:
-            multiply_add = torch.addmm if out.ndim == 2 else torch.baddbmm
-            multiply_add(addend[..., start:stop, :stop], rows, columns, beta=beta, alpha=alpha, out=part)
-    for start, stop in ranges[1:]:
-        out[..., :start, start:stop].copy_(out[..., start:stop, :start].mT)
+
+    device_type: str
+    kernels_from: int | None = None
+
+    def uses_kernel(self, size: int, dtype: torch.dtype) -> bool:
+        return self.kernels_from is not None and size >= self.kernels_from and dtype != torch.float64
+
+    @functools.cache  # noqa: B019 (there are one or two of these)
+    def ranges(self, size: int, dtype: torch.dtype) -> tuple[tuple[int, int], ...]:
+        """The half-open ranges of rows in which a size × size result is computed, each up to the diagonal; one range: all of it."""
+        if self.uses_kernel(size, dtype):
+            tile = _tile(size, dtype)
+            return tuple((start, min(start + tile, size)) for start in range(0, size, tile))
+        count = max(1, min(size // _ROWS, _MOST_BLOCKS)) if self.device_type == "cpu" else 1
+        return tuple(itertools.pairwise(round(size * k / count) for k in range(count + 1)))
+
+    @functools.cache  # noqa: B019
+    def computed_elements(self, size: int, dtype: torch.dtype) -> int:
+        """How many elements of a size × size result are computed, the others being mirrored."""
+        return sum((stop - start) * stop for start, stop in self.ranges(size, dtype))
+
+    def multiply(
+        self, first: Tensor, second: Tensor, out: Tensor, *, addend: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
+    ) -> None:
+        """out ← beta·addend + alpha·first·second, or first·second without an addend, (m, m) or (B, m, m), where that is symmetric.
+
+        `out` shares memory with none of the others.
+        """
+        size, dtype = out.shape[-1], out.dtype
+        if self.uses_kernel(size, dtype):
+            from .kernels import symmetric_product
+
+            symmetric_product(first, second, out, addend, beta, alpha if addend is not None else 1.0, _tile(size, dtype))
+            return
+        ranges = self.ranges(size, dtype)
+        for start, stop in ranges:
+            rows, columns, part = first[..., start:stop, :], second[..., :stop], out[..., start:stop, :stop]
+            if addend is None:
+                (torch.mm if out.ndim == 2 else torch.bmm)(rows, columns, out=part)
+            else:
+                multiply_add = torch.addmm if out.ndim == 2 else torch.baddbmm
+                multiply_add(addend[..., start:stop, :stop], rows, columns, beta=beta, alpha=alpha, out=part)
+        for start, stop in ranges[1:]:
+            out[..., :start, start:stop].copy_(out[..., start:stop, :start].mT)
+
+
+def _tile(size: int, dtype: torch.dtype) -> int:
+    return _SMALL_TILE if size < _SMALL or dtype == torch.float32 else _TILE
+
+
+def check_kernels(kernels_from: object, device_type: str | None = None) -> None:
+    """Raise a ValueError where `symmetric_kernels` can't be what was given, or can't work on this kind of device."""
+    if kernels_from is None:
+        return
+    if isinstance(kernels_from, bool) or not isinstance(kernels_from, int) or kernels_from < 1:
+        raise ValueError(
+            f"symmetric_kernels={kernels_from!r}: give the rows of a Gram matrix from which the Triton kernel is used, or None for never; "
+            "`muon-dist bench ns --symmetric-kernels` measures where it is faster"
+        )
+    if device_type not in (None, "cuda") and not _interpreted():
+        raise ValueError(f"symmetric_kernels needs a CUDA device, and matrices are orthogonalised on {device_type!r} here: leave it out")
+    if device_type is not None and importlib.util.find_spec("triton") is None:
+        raise ValueError("symmetric_kernels needs Triton, which comes with torch for CUDA: install it, or leave this out")
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
