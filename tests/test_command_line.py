@@ -110,6 +110,10 @@ def test_plan_writes_what_it_prints(tmp_path: Path, config: str) -> None:
         (("bench", "step", "--pairs", "0"), "at least 1"),
         (("bench", "ns", "--shapes", "768by768"), "768x3072"),
         (("bench", "ns", "--dtype", "int8"), "not a dtype"),
+        (("bench", "ns", "--device", "cpu", "--symmetric-kernels"), "needs a CUDA device"),
+        (("bench", "step", "--device", "cuda", "--ranks", "999"), "999 rank(s): this machine has"),
+        (("bench", "step", "--symmetric-kernels", "0"), "rows of a Gram matrix"),
+        (("plan", "configs/models/llama-8b.json", "--bucket-mb", "0"), "bucket_mb must be a positive number"),
         (("bench", "dion", "--ranks", "1"), "2 or more" if find_spec("dion") else "needs dion"),
     ],
 )

@@ -176,6 +176,7 @@ def test_the_bench_says_from_how_many_rows_on_the_kernel_is_faster(tmp_path: Any
     assert main(["bench", "ns", *options]) == 0
     assert "The kernel is not faster for the largest of these shapes" in capsys.readouterr().out  # the interpreter never is
     written = json.loads(out.read_text())["symmetric_kernels"]
+    assert all(0 < error < 1e-6 for r in written for error in r["errors"])
     assert [(r["shape"], r["product"], len(r["kernel_over_torch"])) for r in written] == [
         ([m, n], product, 2) for m, n in ((40, 100), (64, 64)) for product in ("XXᵀ", "bA + cA²")
     ]

@@ -10,7 +10,6 @@ import functools
 import math
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -26,6 +25,8 @@ from ..polar.polynomials import JORDAN, Schedule, schedule_for
 from ..polar.products import SymmetricProducts, check_kernels
 from ..polar.restarts import single_steps
 from .peers import newton_schulz as torch_iteration
+from .timing import device_name, device_of
+from .timing import seconds as seconds_of
 
 SHAPES = ("768x768", "768x3072", "3072x768", "1024x1024", "1024x4096", "2048x2048", "2048x5632")  # of models of .1 to 1 B parameters
 DIRECT, CHOSEN, PEER = "direct", "chosen", "torch.optim.Muon"
@@ -48,13 +49,13 @@ def run(
         raise ValueError(f"--steps, --batch, --rounds and --threads must be at least 1, got {steps}, {batch}, {rounds} and {threads}")
     sizes, schedule = [_shape(text) for text in shapes], schedule_for(polynomial, steps)
     torch.set_num_threads(threads)
-    on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on = device_of(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     compute = dtype_named(dtype, "--dtype") or default_compute_dtype(on, torch.float32, schedule)
     if symmetric_kernels:
         check_kernels(1, on.type)
         if compute == torch.float64:
             raise ValueError("--symmetric-kernels: the kernel is for bf16, fp16 and fp32")
-    name = torch.cuda.get_device_name(on) if on.type == "cuda" else f"{platform.machine()}, {threads} threads"
+    name = device_name(on) if on.type == "cuda" else f"{platform.machine()}, {threads} threads"
     print(
         f"{polynomial}, {len(schedule)} steps, batches of {batch}, {str(compute).removeprefix('torch.')}; {rounds} rounds after one warm-up"
     )
@@ -119,7 +120,7 @@ def _measure(
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds + 1):
         for name, side in sides.items():
-            seconds[name].append(_timed(side, device))
+            seconds[name].append(seconds_of(side, device))
     return {name: times[1:] for name, times in seconds.items()}
 
 
@@ -142,13 +143,16 @@ def _compare_kernels(
             times: dict[SymmetricProducts, list[float]] = {kernel: [], whole: []}
             for _ in range(rounds + 1):
                 for products, taken in times.items():
-                    taken.append(_timed(functools.partial(products.multiply, first, second, out, **more), device))
+                    taken.append(seconds_of(functools.partial(products.multiply, first, second, out, **more), device))
             ratios = [a / b for a, b in zip(times[kernel][1:], times[whole][1:], strict=True)]
-            rows.append((f"{m} × {n}", name, f"{statistics.median(ratios):.2f}× ({min(ratios):.2f} … {max(ratios):.2f})"))
-            records.append({"shape": [m, n], "product": name, "kernel_over_torch": ratios})
+            errors = [_error(products, first, second, more) for products in times]
+            away = [f"{error:.1e}" for error in errors]
+            rows.append((f"{m} × {n}", name, f"{statistics.median(ratios):.2f}× ({min(ratios):.2f} … {max(ratios):.2f})", *away))
+            records.append({"shape": [m, n], "product": name, "kernel_over_torch": ratios, "errors": errors})
             slower = m if statistics.median(ratios) >= 1 else slower
     print()
-    print(table(("matrix", "product", "the kernel over torch's product"), rows, right=(2,)))
+    print(table(("matrix", "product", "the kernel over torch's product", "its error", "torch's"), rows, right=(2, 3, 4)))
+    print("\nerror: distance from the product in fp64, in Frobenius norm, over the norm of that.")
     if faster := [m for m, _ in shapes if m > slower]:
         print(f"\nOf these shapes the kernel is faster from {faster[0]} rows on: MuonDist(symmetric_kernels={faster[0]}).")
     else:
@@ -156,19 +160,20 @@ def _compare_kernels(
     return records
 
 
+def _error(products: SymmetricProducts, first: Tensor, second: Tensor, more: dict[str, Any]) -> float:
+    """How far a product of the first matrices of two batches is from that in fp64."""
+    first, second, more = first[:1], second[:1], {k: v[:1] if isinstance(v, Tensor) else v for k, v in more.items()}
+    exact = first.double() @ second.double() * more.get("alpha", 1.0)
+    if "addend" in more:
+        exact += more["beta"] * more["addend"].double()
+    out = torch.empty_like(exact, dtype=first.dtype)
+    products.multiply(first, second, out, **more)
+    return float((out.double() - exact).norm() / exact.norm())
+
+
 def _product_rate(side: int, dtype: torch.dtype, device: torch.device, rounds: int) -> float:
     """Operations a second of a side × side product: the best of the rounds."""
     first, second = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out: Tensor = torch.empty_like(first)
-    best = min(_timed(lambda: torch.mm(first, second, out=out), device) for _ in range(rounds + 1))
+    best = min(seconds_of(lambda: torch.mm(first, second, out=out), device) for _ in range(rounds + 1))
     return 2 * side**3 / best
-
-
-def _timed(work: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - started

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,24 +12,28 @@ from torch import nn
 
 from ..cli.table import table, write_json
 from ..optimizer import MuonDist
-from ..polar.newton_schulz import moment_count, orthogonalize_batch
+from ..polar.newton_schulz import default_compute_dtype, moment_count, orthogonalize_batch
 from ..spectrum.controller import PROBE_EVERY, Policy
+from .timing import device_name, device_of, seconds
 
 
-def run(*, width: int, layers: int, cycles: int, threads: int, json_path: str | None) -> int:
+def run(*, width: int, layers: int, cycles: int, threads: int, device: str, json_path: str | None) -> int:
     if min(width, layers, cycles, threads) < 1:
         raise ValueError(f"--width, --layers, --cycles and --threads must be at least 1, got {width}, {layers}, {cycles} and {threads}")
+    on = device_of(device)
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     shapes = {**dict.fromkeys("qkvo", (width, width)), "up": (4 * width, width), "down": (width, 4 * width)}
     named = [
-        (f"layers.{k}.{kind}.weight", nn.Parameter(0.02 * torch.randn(shape))) for k in range(layers) for kind, shape in shapes.items()
+        (f"layers.{k}.{kind}.weight", nn.Parameter(0.02 * torch.randn(shape, device=on)))
+        for k in range(layers)
+        for kind, shape in shapes.items()
     ]
     policy = Policy()
     optimizer = MuonDist(named, lr=1e-3, ns_steps="adaptive")
-    decay = torch.logspace(0, -2.5, width)
+    decay = torch.logspace(0, -2.5, width, device=on)
     for _, p in named:  # a spectrum of two and a half decades, fixed: what is timed doesn't depend on it
-        p.grad = torch.randn(p.shape) * (decay if p.shape[1] == width else decay[:, None])
+        p.grad = torch.randn(p.shape, device=on) * (decay if p.shape[1] == width else decay[:, None])
     inside, total = 0.0, 0.0
     adaptation_calls = ("begin_step", "end_step", "record")
     optimizer.step()
@@ -50,10 +55,8 @@ def run(*, width: int, layers: int, cycles: int, threads: int, json_path: str | 
         optimizer.step()
     inside, steps = 0.0, cycles * policy.measure_every
     for _ in range(steps):
-        started = time.perf_counter()
-        optimizer.step()
-        total += time.perf_counter() - started
-    extra = moments_extra(width, policy)
+        total += seconds(optimizer.step, on)
+    extra = moments_extra(width, policy, on)
     probes = statistics.mean(max(policy.probe - len(s), 0) / len(s) for _, s in optimizer.schedules.values())
     shares = {
         "deciding, sharing, bookkeeping on the host": inside / total,
@@ -61,7 +64,8 @@ def run(*, width: int, layers: int, cycles: int, threads: int, json_path: str | 
         f"probes of the noise floor, every {PROBE_EVERY * policy.measure_every} steps": probes / PROBE_EVERY / policy.measure_every,
     }
     matrices, bytes_measured = len(named), 8 * moment_count(round(statistics.mean(len(s) for _, s in optimizer.schedules.values())))
-    print(f"{matrices} matrices of width {width}; {steps} steps of {total / steps * 1e3:.1f} ms; torch {torch.__version__}\n")
+    print(f"{matrices} matrices of width {width}; {steps} steps of {total / steps * 1e3:.1f} ms")
+    print(f"torch {torch.__version__}, {device_name(on)}\n")
     print(
         table(
             ("part", "share of the optimizer step"),
@@ -75,16 +79,15 @@ def run(*, width: int, layers: int, cycles: int, threads: int, json_path: str | 
     return 0
 
 
-def moments_extra(width: int, policy: Policy) -> float:
+def moments_extra(width: int, policy: Policy, device: torch.device) -> float:
     """What moments add to the orthogonalisation of a width × 4·width matrix in four steps: the median of pairs."""
     schedule, ratios = policy.schedule(4), []
+    compute = default_compute_dtype(device, torch.float32, schedule)
     for _ in range(31):
         pair = []
         for measured in (False, True):
-            batch = torch.randn(1, width, 4 * width)
-            moments = torch.zeros(1, moment_count(4), dtype=torch.float64) if measured else None
-            started = time.perf_counter()
-            orthogonalize_batch(batch, schedule, compute_dtype=torch.float32, moments=moments)
-            pair.append(time.perf_counter() - started)
+            batch = torch.randn(1, width, 4 * width, device=device).to(compute)
+            moments = torch.zeros(1, moment_count(4), dtype=torch.float64, device=device) if measured else None
+            pair.append(seconds(partial(orthogonalize_batch, batch, schedule, compute_dtype=compute, moments=moments), device))
         ratios.append(pair[1] / pair[0] - 1)
     return max(0.0, statistics.median(ratios))

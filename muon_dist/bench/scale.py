@@ -34,7 +34,8 @@ from ..polar.polynomials import schedule_for
 from ..sharding.layout import fragment_numel
 from ..sharding.plan import Plan
 from .simulation import APPLY_BYTES, MOMENTUM_BYTES, Rates, Timeline, Work, simulate
-from .step import GPT2_SMALL_LAYER, on_rank, times_in_turns
+from .step import GPT2_SMALL_LAYER, on_rank
+from .timing import times_in_turns
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "models"  # of the repository
 SHAPES = list(GPT2_SMALL_LAYER.values()) * 2  # what is measured here: the matrices of two GPT-2 small layers
@@ -186,7 +187,7 @@ def calibrate(check_ranks: list[int], steps: int, rounds: int) -> tuple[float, l
     figures: dict[int, dict[str, Any]] = {}
     for n in sorted({1, 2, *check_ranks}):
         with tempfile.TemporaryDirectory() as folder:
-            spawn(on_rank, args=(n, folder, max(1, cores // n), _measure, steps, rounds), nprocs=n)
+            spawn(on_rank, args=(n, folder, max(1, cores // n), "cpu", _measure, steps, rounds), nprocs=n)
             figures[n] = torch.load(os.path.join(folder, "figures"), weights_only=False)
     one, two = figures[1], figures[2]
     numel = sum(m * n for m, n in SHAPES)
@@ -218,8 +219,8 @@ def calibrate(check_ranks: list[int], steps: int, rounds: int) -> tuple[float, l
     return whole[1].host, checks
 
 
-def _measure(rank: int, world: int, folder: str, steps: int, rounds: int) -> None:
-    mesh = init_device_mesh("cpu", (world,))
+def _measure(rank: int, world: int, folder: str, device: torch.device, steps: int, rounds: int) -> None:
+    mesh = init_device_mesh(device.type, (world,))
     torch.manual_seed(0)
 
     def optimizer(shapes: list[tuple[int, int]]) -> MuonDist:
@@ -233,7 +234,7 @@ def _measure(rank: int, world: int, folder: str, steps: int, rounds: int) -> Non
         return MuonDist([{"params": parameters, "algorithm": "muon"}], lr=1e-3, ns_steps=steps)
 
     def median(work: Any) -> float:
-        return statistics.median(times_in_turns({"work": work}, rounds)["work"])
+        return statistics.median(times_in_turns({"work": work}, rounds, device)["work"])
 
     own = optimizer(SHAPES)
     figures: dict[str, Any] = {"step": median(own.step), "loads": own._domains[0].plan.bucket_loads()}

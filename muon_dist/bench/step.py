@@ -11,8 +11,8 @@ import os
 import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -25,12 +25,14 @@ from torch.multiprocessing.spawn import spawn
 
 from ..cli.models import model_parameters
 from ..cli.table import table, write_json
+from ..groups import PlanOptions
 from ..optimizer import MuonDist
 from ..polar.matrix_view import matrices_of
 from ..run.bootstrap import end_process_group
 from ..spectrum.controller import LAG
 from ..spectrum.scaling_law import ScalingLaws, layer_kind, relative_depths, shipped_laws
 from .peers import DionMuon, NaiveShardedMuon, TorchMuon
+from .timing import device_name, device_of, times_in_turns
 from .trace import summary, traced
 
 # GPT-2 small, so that the benchmark runs from any directory
@@ -49,7 +51,8 @@ def run(
     pairs: int,
     threads: int | None,
     dtype: str,
-    placement: str,
+    device: str,
+    options: PlanOptions,
     trace: str | None,
     json_path: str | None,
     dion: bool = False,
@@ -64,15 +67,18 @@ def run(
     model = model or "GPT-2 small"
     if not shapes:
         raise ValueError(f"{model} has no matrices for Muon in its first {layers} layers")
-    cores = os.cpu_count() or 1
+    on, cores = device_of(device, max(ranks)), os.cpu_count() or 1
+    options.products_on(device)  # raises here, and not on a rank
     print(f"{model}: {len(shapes)} matrices, {sum(m * n for _, (m, n) in shapes) / 1e6:.1f} M elements; {pairs} pairs after one warm-up")
-    print(f"torch {torch.__version__}, {platform.machine()}, {cores} cores; {dtype} on both sides, five Jordan steps", flush=True)
+    print(f"torch {torch.__version__}, {platform.machine()}, {cores} cores, {device_name(on)}")
+    print(f"{dtype} on both sides, five Jordan steps at the peer", flush=True)
     rows, records, traces = [], [], []
     for n in ranks:
         per_rank = threads or max(1, cores // n)
         peer = "dion" if dion else "torch" if n == 1 else "naive"
         with tempfile.TemporaryDirectory() as folder:
-            spawn(on_rank, args=(n, folder, per_rank, _measure, shapes, pairs, peer, dtype, placement, trace is not None), nprocs=n)
+            arguments = (n, folder, per_rank, device, _measure, shapes, pairs, peer, dtype, options, trace is not None)
+            spawn(on_rank, args=arguments, nprocs=n)
             record: dict[str, Any] = torch.load(os.path.join(folder, "record"))
             if trace is not None:
                 traces.append(summary(folder, n, f"{trace.removesuffix('.json')}-{n}.json"))
@@ -103,7 +109,7 @@ def run(
     )
     for text in traces:
         print(text)
-    machine = {"torch": torch.__version__, "machine": platform.machine(), "cores": cores}
+    machine = {"torch": torch.__version__, "machine": platform.machine(), "cores": cores, "device": device_name(on)}
     listed = [list(shape) for _, shape in shapes]
     write_json(
         json_path,
@@ -113,7 +119,7 @@ def run(
             "layers": layers,
             "shapes": listed,
             "dtype": dtype,
-            "placement": placement,
+            **asdict(options),
             "pairs": pairs,
             "runs": records,
         },
@@ -162,24 +168,38 @@ def singular_values(laws: ScalingLaws, kind: str | None, depth: float, rank: int
     return torch.from_numpy(np.exp(value)).to(torch.float32)
 
 
-def on_rank(rank: int, world: int, folder: str, threads: int, measure: Callable[..., None], *arguments: Any) -> None:
-    """Run a measurement as one rank of a process group over gloo, with a folder that all ranks share."""
+def on_rank(rank: int, world: int, folder: str, threads: int, device_type: str, measure: Callable[..., None], *arguments: Any) -> None:
+    """Run a measurement as one rank of a process group, with a folder that all ranks share; each rank has a GPU of its own, if any."""
     torch.set_num_threads(threads)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    measure(rank, world, folder, *arguments)
+    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device(device_type)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    measure(rank, world, folder, device, *arguments)
     end_process_group()
 
 
 def _measure(
-    rank: int, world: int, folder: str, shapes: Shapes, pairs: int, peer_name: str, dtype: str, placement: str, trace: bool
+    rank: int,
+    world: int,
+    folder: str,
+    device: torch.device,
+    shapes: Shapes,
+    pairs: int,
+    peer_name: str,
+    dtype: str,
+    options: PlanOptions,
+    trace: bool,
 ) -> None:
-    mesh = init_device_mesh("cpu", (world,))
+    mesh = init_device_mesh(device.type, (world,))
     torch.manual_seed(0)
     values, grads = [torch.randn(shape) for _, shape in shapes], gradients(shapes)
 
     def parameters() -> list[tuple[str, nn.Parameter]]:
         result = []
         for (name, _), value, gradient in zip(shapes, values, grads, strict=True):
+            value, gradient = value.to(device), gradient.to(device)
             if world > 1:
                 value, gradient = (distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None) for t in (value, gradient))
             p = nn.Parameter(value.clone())
@@ -188,7 +208,9 @@ def _measure(
         return result
 
     def ours(**more: Any) -> MuonDist:
-        more.update(compute_dtype=dtype, wire_dtype=dtype, placement=placement if world > 1 else "owner")
+        if world == 1:
+            more["placement"] = "owner"
+        more = {**asdict(options), "compute_dtype": dtype, "wire_dtype": dtype, **more}
         return MuonDist([{"params": parameters(), "algorithm": "muon"}], lr=1e-3, **more)
 
     five, adaptive = ours(ns_steps=5), ours(ns_steps="adaptive", burn_in=2, measure_every=6)
@@ -204,26 +226,13 @@ def _measure(
     for group in adaptive.param_groups:
         group["measure_every"] = MEASURE_EVERY
     sides: dict[str, Callable[[], Any]] = {FIVE: five.step, ADAPTIVE: adaptive.step, "peer": peer.step}
-    seconds = times_in_turns(sides, pairs)
+    seconds = times_in_turns(sides, pairs, device)
     if trace:
         traced(five.step, folder, rank)
     if rank == 0:
         imbalance = {name: _imbalance(optimizer) for name, optimizer in ((FIVE, five), (ADAPTIVE, adaptive))}
         steps = statistics.mean(len(schedule) for _, schedule in adaptive.schedules.values())
         torch.save({"peer": peer.name, "seconds": seconds, "imbalance": imbalance, "steps": steps}, os.path.join(folder, "record"))
-
-
-def times_in_turns(sides: dict[str, Callable[[], Any]], pairs: int) -> dict[str, list[float]]:
-    """Seconds of every side's work, in turns, from when all ranks begin until all have ended; the first of each is a warm-up."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(pairs + 1):
-        for name, step in sides.items():
-            dist.barrier()
-            started = time.perf_counter()
-            step()
-            dist.barrier()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: times[1:] for name, times in seconds.items()}
 
 
 def _imbalance(optimizer: MuonDist) -> float:

@@ -75,8 +75,9 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--layers", type=int, default=2, help="only its first N layers (default 2)")
         command.add_argument("--ranks", type=int, nargs="+", default=ranks)
         command.add_argument("--pairs", type=int, default=7, help="paired repetitions (default 7)")
-        command.add_argument("--placement", choices=PLACEMENTS, default="owner", help="who works on a matrix (default owner)")
+        _add_plan_options(command)
         command.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the products and on the wire (default fp32)")
+        command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="a GPU per rank, with cuda (default cpu)")
         command.add_argument("--threads", type=int, default=None, help="torch threads per rank (default: cores / ranks, at least 1)")
         command.add_argument("--trace", metavar="FILE", help="also write a timeline of a step per number of ranks, FILE-N.json")
 
@@ -88,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     ns.add_argument("--steps", type=int, default=5)
     ns.add_argument("--batch", type=int, default=1, help="matrices of each shape (default 1)")
     ns.add_argument("--dtype", help="of the products, such as bf16 (default: what MuonDist takes on the device)")
-    ns.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    ns.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     ns.add_argument("--rounds", type=int, default=7)
     ns.add_argument("--symmetric-kernels", action="store_true", help="also measure from how many rows on the Triton kernel is faster")
 
@@ -124,6 +125,7 @@ def parser() -> argparse.ArgumentParser:
     overhead.add_argument("--width", type=int, default=256)
     overhead.add_argument("--layers", type=int, default=6)
     overhead.add_argument("--cycles", type=int, default=2, help="measuring periods to time")
+    overhead.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
 
     deepspeed = benches.add_parser("deepspeed", help="whole training steps in DeepSpeed against its own Muon")
     deepspeed.add_argument("--ranks", type=int, nargs="+", default=[2])
@@ -219,6 +221,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     options = {key: value for key, value in vars(arguments).items() if key not in ("command", "bench", "json", "data", "coverage", "model")}
     if "json" in arguments:
         options["json_path"] = arguments.json
+    if "placement" in arguments:
+        options = {"options": _plan_options(arguments), **{key: value for key, value in options.items() if key not in PLAN_KEYS}}
     if arguments.bench in ("step", "dion"):
         from ..bench import step
 
@@ -258,8 +262,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.bench == "scale":
         from ..bench import scale
 
-        own = {key: value for key, value in options.items() if key not in PLAN_KEYS}
-        return scale.run(options=_plan_options(arguments), **own)
+        return scale.run(**options)
     from ..bench import overhead
 
     return overhead.run(**options)

@@ -1,0 +1,53 @@
+"""How the benches take times: until the device has ended, and, where several ranks run, until all of them have."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def now(device: torch.device) -> float:
+    """Seconds of a clock, read when a device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def seconds(work: Callable[[], Any], device: torch.device) -> float:
+    started = now(device)
+    work()
+    return now(device) - started
+
+
+def times_in_turns(sides: dict[str, Callable[[], Any]], pairs: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every side's work, in turns, from when all ranks begin until all have ended; the first of each is a warm-up."""
+    result: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(pairs + 1):
+        for name, step in sides.items():
+            dist.barrier()
+            started = now(device)
+            step()
+            now(device)
+            dist.barrier()
+            result[name].append(now(device) - started)
+    return {name: times[1:] for name, times in result.items()}
+
+
+def device_of(name: str, ranks: int = 1) -> torch.device:
+    """The device that a command was asked to measure on.
+
+    Raises:
+        ValueError: there aren't as many.
+    """
+    if name == "cuda" and torch.cuda.device_count() < ranks:
+        raise ValueError(f"--device cuda with {ranks} rank(s): this machine has {torch.cuda.device_count()} CUDA device(s)")
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """Of the graphics card, for what is printed; else the kind of device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
