@@ -31,7 +31,7 @@ def agree_on_gradients(
     for domain in domains:
         # an empty shard has no say in whether there is a gradient
         present.update(b for b in domain.parameters if b.placement.fragments[domain.me] and grads[b] is not None)
-        flag = torch.tensor([0, *(b in present for b in domain.parameters)], dtype=torch.int32, device=domain.device)
+        flag = domain.flags([b in present for b in domain.parameters])
         own: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for b in domain.parameters:
             if (g := grads[b]) is not None and g.numel():

@@ -110,6 +110,7 @@ class Domain:
     first_bucket: list[list[int]] = field(default_factory=list)  # parameters whose first matrix travels in a bucket
     last_bucket: list[list[int]] = field(default_factory=list)
     adaptation: Adaptation = field(init=False)
+    _flags: tuple[list[bool], Tensor] = field(default_factory=lambda: ([], torch.empty(0)))  # the last that were asked for
 
     def __post_init__(self) -> None:
         self.adaptation = Adaptation(self)
@@ -119,6 +120,12 @@ class Domain:
         if not bound.placement.replicated:
             return True
         return self.owner_of(bound) == self.me
+
+    def flags(self, present: list[bool]) -> Tensor:
+        """[0, *present] in int32 on the device, a new tensor. They seldom change, and a copy from the host would make it wait."""
+        if self._flags[0] != present or self._flags[1].device != self.device:
+            self._flags = (present, torch.tensor([0, *present], dtype=torch.int32, device=self.device))
+        return self._flags[1].clone()
 
     def reading(self, tensors: Mapping[BoundParameter, Tensor]) -> Callable[[int], Tensor]:
         """Look tensors up by a parameter's position, as the exchange knows it."""

@@ -101,9 +101,10 @@ class Step:
                 updates.append(_orthogonalize_alike(domain, indices, batch, keep, slicing))
                 continue
             update = torch.empty_like(batch)
-            for places in by_schedule.values():
-                some = [indices[k] for k in places]
-                update[places] = _orthogonalize_alike(domain, some, batch[places], keep[places], slicing).to(batch.dtype)
+            for places in by_schedule.values():  # an index would be copied from the host, which waits for that
+                some, own = [indices[k] for k in places], torch.stack([batch[k] for k in places])
+                result = _orthogonalize_alike(domain, some, own, torch.stack([keep[k] for k in places]), slicing)
+                torch._foreach_copy_([update[k] for k in places], list(result.unbind()))
             updates.append(update)
         return updates
 

@@ -33,7 +33,7 @@ def test_names_of_deepspeed_and_ours() -> None:
 
 @pytest.mark.parametrize("key", sorted(set(read()) - {"eps", "telemetry_dir", "telemetry_sinks"}))
 def test_every_argument_of_the_optimizer_is_taken(key: str) -> None:
-    value = "gram" if key == "placement" else 0.5
+    value = {"placement": "gram", "symmetric_kernels": 2048}.get(key, 0.5)
     assert read(**{key: value})[key] == value
 
 
@@ -289,9 +289,22 @@ def test_there_are_six_configs() -> None:
 def bucket_bytes() -> list[int]:
     engine = hosts.start(hosts.config(1, params={"bucket_mb": 0.25}))
     hosts.train_step(engine, 0)
-    return [part.optimizer._bucket_bytes for part in engine.basic_optimizer._parts]
+    return [part.optimizer._options.bucket_bytes for part in engine.basic_optimizer._parts]
 
 
 def test_the_bucket_size_reaches_the_exchange() -> None:
     (found,) = run_ranks(1, bucket_bytes)
     assert set(found) == {2**18}
+
+
+def kernels_on_a_cpu() -> str:
+    engine = hosts.start(hosts.config(1, params={"symmetric_kernels": 16}))
+    try:
+        hosts.train_step(engine, 0)
+    except ValueError as error:
+        return str(error)
+    return "trained"
+
+
+def test_kernels_reach_the_step_and_are_refused_on_a_cpu() -> None:
+    assert "symmetric_kernels needs a CUDA device" in run_ranks(1, kernels_on_a_cpu)[0]

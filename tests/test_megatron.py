@@ -175,6 +175,18 @@ def test_every_matrix_is_orthogonalised_once_and_only_pieces_travel(ranks: int, 
         assert max(held for *_, held in found) < 1.2 * numel / ranks
 
 
+def kernels_on_a_cpu() -> str:
+    try:
+        recorded(Setup(tp=1), muon_symmetric_kernels=16)
+    except ValueError as error:
+        return str(error)
+    return "trained"
+
+
+def test_kernels_reach_the_step_and_are_refused_on_a_cpu() -> None:
+    assert "symmetric_kernels needs a CUDA device" in run_ranks(1, kernels_on_a_cpu)[0]
+
+
 def launches_in_small_buckets() -> int:
     return recorded(Setup(tp=2), muon_bucket_mb=0.01)[1]
 

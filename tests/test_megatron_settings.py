@@ -21,6 +21,7 @@ from muon_dist.integrations.megatron.settings import (
 )
 
 from muon_dist import MuonDist
+from muon_dist.groups import PLAN_KEYS
 
 from . import megatron_hosts as hosts
 from .incidents import megatron_theirs as theirs
@@ -102,7 +103,7 @@ def test_every_argument_of_muondist_is_reachable_or_megatrons_to_decide() -> Non
         "nonfinite",
         "eps",
     }
-    apart = {"bucket_mb", "placement", "telemetry_dir", "telemetry_sinks"}  # arguments of the optimizer, not of its groups
+    apart = {*PLAN_KEYS, "telemetry_dir", "telemetry_sinks"}  # arguments of the optimizer, not of its groups
     assert set(arguments(MuonDistConfig(lr=1e-3))) == known - of_megatron - apart
     assert {f"muon_{name}" for name in apart} <= {f.name for f in dataclasses.fields(MuonDistConfig)}
 

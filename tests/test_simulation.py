@@ -9,6 +9,7 @@ import pytest
 from muon_dist.bench.scale import _job, predict
 from muon_dist.bench.simulation import Rates, Work, simulate
 from muon_dist.cli.main import main
+from muon_dist.groups import PlanOptions
 from muon_dist.sharding.plan import BucketLoads
 
 RATES = Rates(products=100.0, memory=1e30, link=10.0, start=0.0, host=0.0)
@@ -68,8 +69,8 @@ def test_ranks_that_share_a_machine_share_its_rates() -> None:
 def test_a_large_job_is_bound_by_its_largest_matrix_and_sends_what_its_plan_says() -> None:
     rates = Rates(products=400e12, memory=2.5e12, link=50e9, start=1e-4, host=1e-5)
     job = _job("llama-8b", tp=8)
-    few, _, even = predict(job, 64, 5, 64, rates)
-    many, sent, _ = predict(job, 1024, 5, 64, rates)
+    few, _, even = predict(job, 64, 5, rates, PlanOptions())
+    many, sent, _ = predict(job, 1024, 5, rates, PlanOptions())
     assert many.newton_schulz == pytest.approx(4.4e12 / 400e12, rel=0.01)  # 4096 × 14336, one for each of its owners
     assert few.newton_schulz > 1.9 * many.newton_schulz and even <= 1.15
     # an owner of the largest gathers nearly all of it, in bf16, and sends nearly all of it back
@@ -81,7 +82,7 @@ def test_experts_are_spread_and_a_mixture_counts_its_active_parameters() -> None
     job = _job("moe-1t", tp=1, experts_over=64)
     assert sum(np.prod(p.shape, dtype=float) for p in job.parameters) == pytest.approx(1.04e12, rel=0.02)
     assert 0.03 < job.active < 0.04
-    timeline, _, even = predict(job, 64, 5, 64, Rates(products=400e12, memory=2.5e12, link=50e9, start=1e-4, host=1e-5))
+    timeline, _, even = predict(job, 64, 5, Rates(products=400e12, memory=2.5e12, link=50e9, start=1e-4, host=1e-5), PlanOptions())
     assert timeline.newton_schulz > 1 and even <= 1.15  # every rank has 6 whole experts of 60 layers
 
 
