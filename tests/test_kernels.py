@@ -72,27 +72,48 @@ def test_the_kernel_computes_one_triangle_of_the_whole_product(
     assert grids == [(tiles * (tiles + 1) // 2, *(batch or (1,)))] * 4
 
 
-def test_the_rows_of_a_large_triangle_are_found_exactly(grids: list[tuple[int, int]]) -> None:
-    """A thin product of many tiles: every tile of the triangle is written, so each number found its row."""
-    x = torch.randn(64 * 23 + 5, 1, dtype=torch.float16)  # 24 rows of 64 would be small tiles; from 1024 rows on they are of 128
-    out = torch.full((len(x), len(x)), float("nan"), dtype=torch.float16)
-    KERNEL.multiply(x, x.mT, out)
-    assert torch.equal(out, x @ x.mT) and grids == [(12 * 13 // 2, 1)]
+def test_a_tile_finds_its_place_in_the_triangle_whatever_the_square_root_rounds_to() -> None:
+    import triton
+    import triton.language as tl
+
+    from muon_dist.polar.kernels import _place
+
+    def write_place(numbers, out):  # type: ignore[no-untyped-def]
+        k = tl.program_id(0)
+        i, j = _place(tl.load(numbers + k))
+        tl.store(out + 2 * k, i)
+        tl.store(out + 2 * k + 1, j)
+
+    write_place.__globals__.update(tl=tl, _place=_place)
+    sides = (1, 2, 3, 8, 2047, 5000, 20000, 20001)
+    places = [(i, j) for side in sides for i, j in ((side - 1, 0), (side - 1, side - 1), (side, 0), (side, side))]
+    numbers = torch.tensor([i * (i + 1) // 2 + j for i, j in places], dtype=torch.int32)
+    found = torch.zeros(len(places), 2, dtype=torch.int32)
+    triton.jit(write_place)[(len(places),)](numbers, found)
+    assert found.tolist() == [list(place) for place in places]
+
+
+def far_apart(shape: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
+    """A tensor whose last element is more than 2³¹ elements from its first; few pages of it are ever touched."""
+    last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    assert last >= 2**31 and max(strides) < 2**31
+    return torch.empty(last + 1, dtype=torch.float16).as_strided(shape, strides)
 
 
 def test_offsets_beyond_two_to_the_31_are_of_64_bits() -> None:
-    """A batch of two matrices and rows of one that lie more than 2³¹ elements apart, of which few pages are touched."""
-    x = torch.empty(2**31 + 64, dtype=torch.float16).as_strided((2, 8, 8), (2**31, 8, 1))
-    x.copy_(torch.randn(2, 8, 8))
-    out = torch.empty(7 * 2**29 + 8, dtype=torch.float16).as_strided((8, 8), (2**29, 1))
-    both = torch.empty(2, 8, 8, dtype=torch.float16)
-    KERNEL.multiply(x, x.mT, both)
-    assert (both - x.double() @ x.double().mT).abs().max() < 0.02
-    KERNEL.multiply(x[1], x[1].mT, out)
-    assert torch.equal(out, both[1])
-    KERNEL.multiply(out, out, both[0], addend=out, beta=1.0, alpha=1.0)
-    whole = out.double() + out.double() @ out.double()
-    assert (both[0] - whole).norm() < 1e-3 * whole.norm()
+    x = far_apart((3, 8, 8), (2**30, 8, 1)).copy_(torch.randn(3, 8, 8))  # matrices of a batch
+    out = torch.empty(3, 8, 8, dtype=torch.float16)
+    KERNEL.multiply(x, x.mT, out)
+    assert (out - x.double() @ x.double().mT).abs().max() < 0.02
+
+    x = far_apart((70, 4), (2**25, 1)).copy_(torch.randn(70, 4))  # rows of a matrix in two tiles
+    near, far = torch.empty(70, 70, dtype=torch.float16), far_apart((70, 70), (2**25, 1))
+    for out in (near, far):
+        KERNEL.multiply(x, x.mT, out)
+        assert (out - x.double() @ x.double().mT).abs().max() < 0.02
+    again = torch.empty(70, 70, dtype=torch.float16)
+    KERNEL.multiply(near, near, again, addend=far, beta=1.0, alpha=0.0)
+    assert torch.equal(again, near)
 
 
 @pytest.mark.parametrize("shape", [(40, 96), (96, 40), (24, 24)])

@@ -14,6 +14,15 @@ from torch import Tensor
 
 
 @triton.jit
+def _place(number):
+    """Row and column of a tile of the lower triangle, counted row by row: (0, 0), (1, 0), (1, 1), (2, 0), …"""
+    i = ((tl.sqrt(8.0 * number + 1.0) - 1.0) * 0.5).to(tl.int32)  # may be off by one
+    i = tl.where(i * (i + 1) // 2 > number, i - 1, i)
+    i = tl.where((i + 1) * (i + 2) // 2 <= number, i + 1, i)
+    return i, number - i * (i + 1) // 2
+
+
+@triton.jit
 def _tiles(
     first,
     second,
@@ -39,13 +48,7 @@ def _tiles(
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    # The lower triangle's tiles, row by row: (0, 0), (1, 0), (1, 1), (2, 0), … A square root finds the row, and may be off by one.
-    number = tl.program_id(0)
-    i = ((tl.sqrt(8.0 * number + 1.0) - 1.0) * 0.5).to(tl.int32)
-    i = tl.where(i * (i + 1) // 2 > number, i - 1, i)
-    i = tl.where((i + 1) * (i + 2) // 2 <= number, i + 1, i)
-    j = number - i * (i + 1) // 2
-
+    i, j = _place(tl.program_id(0))
     # Offsets are of 64 bits: one batch may hold more than 2³¹ elements.
     batch = tl.program_id(1).to(tl.int64)
     rows = i.to(tl.int64) * TILE + tl.arange(0, TILE)

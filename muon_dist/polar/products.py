@@ -58,13 +58,13 @@ class SymmetricProducts:
     ) -> None:
         """out ← beta·addend + alpha·first·second, or first·second without an addend, (m, m) or (B, m, m), where that is symmetric.
 
-        `out` shares memory with none of the others.
+        `beta` and `alpha` go with an addend; `out` shares memory with none of the others.
         """
         size, dtype = out.shape[-1], out.dtype
         if self.uses_kernel(size, dtype):
             from .kernels import symmetric_product
 
-            symmetric_product(first, second, out, addend, beta, alpha if addend is not None else 1.0, _tile(size, dtype))
+            symmetric_product(first, second, out, addend, beta, alpha, _tile(size, dtype))
             return
         ranges = self.ranges(size, dtype)
         for start, stop in ranges:
