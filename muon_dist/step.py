@@ -111,18 +111,20 @@ class Step:
     @record_function("muon_dist::apply")
     def _apply(self, domain: Domain, updates: Sequence[tuple[Leg, Tensor]]) -> None:
         """p −= lr · scale · update on the pieces that arrived; matrices of steps that don't happen arrive as zeros."""
-        alike: dict[tuple[int, tuple[int, int]], tuple[list[Tensor], list[Tensor]]] = {}
+        alike: dict[tuple[int, int, int], tuple[float, list[Tensor], list[Tensor]]] = {}
         for leg, update in updates:
             bound, matrix = domain.parameters[leg.parameter], domain.matrices[leg.matrix]
             assert leg.view is not None  # updates are for holders
-            targets, sources = alike.setdefault((id(bound.group), (matrix.rows, matrix.cols)), ([], []))
+            key = (id(bound.group), matrix.rows, matrix.cols)
+            if key not in alike:
+                group = bound.group
+                scale = group["extra_scale_factor"] * update_scale(group["adjust_lr_fn"], matrix.rows, matrix.cols)
+                alike[key] = (-float(group["lr"]) * scale, [], [])
+            _, targets, sources = alike[key]
             targets.append(leg.view.of(self.local[bound]))
             sources.append(update.to(targets[-1].device))
-        groups = {id(bound.group): bound.group for bound in domain.parameters}
-        for (key, size), (targets, sources) in alike.items():
-            group = groups[key]
-            scale = group["extra_scale_factor"] * update_scale(group["adjust_lr_fn"], *size)
-            torch._foreach_add_(targets, sources, alpha=-float(group["lr"]) * scale)
+        for factor, targets, sources in alike.values():
+            torch._foreach_add_(targets, sources, alpha=factor)
 
     @record_function("muon_dist::adamw")
     def _adamw(self) -> None:

@@ -143,7 +143,7 @@ def _counted(calls: list[int]) -> Iterator[None]:
     """Count the matrices that either side orthogonalises on this rank."""
     from deepspeed.runtime.zero.muon import original_muon as theirs
 
-    from .. import optimizer as ours
+    from .. import step as ours
 
     orthogonalize, update = orthogonalize_batch, theirs.muon_update
 
