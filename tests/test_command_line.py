@@ -131,6 +131,16 @@ def test_bench_ns_measures_both_forms(tmp_path: Path, capsys: pytest.CaptureFixt
     assert all(len(times) == 2 and min(times) > 0 for s in written["shapes"] for times in s["seconds"].values())
 
 
+def test_bench_deepspeed_counts_what_both_sides_orthogonalise(tmp_path: Path) -> None:
+    out = tmp_path / "deepspeed.json"
+    small = ("--width", "64", "--layers", "1", "--rounds", "1", "--warmup", "1")
+    result = command("bench", "deepspeed", "--ranks", "2", "--stages", "1", "3", *small, "--json", str(out))
+    assert result.returncode == 0, result.stderr
+    for run in json.loads(out.read_text())["runs"]:
+        assert run["calls"]["MuonDist, 5 steps"] == 4 and run["steps"]["MuonDist, 5 steps"] == 5  # each of the four matrices once
+        assert all(len(times) == 1 and min(times) > 0 for times in run["seconds"].values())
+
+
 def test_bench_step_measures_pairs_and_draws_a_timeline(tmp_path: Path) -> None:
     out, trace = tmp_path / "bench.json", tmp_path / "trace.json"
     small = ("--model", "configs/models/gpt-5m.json", "--layers", "1", "--pairs", "2")
