@@ -31,7 +31,7 @@ def run(launcher: str | None = None) -> int:
 
         return doctor_launcher.run(launcher)
     print(f"muon_dist {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    packages = ("torch", "numpy", "deepspeed", "megatron-core", "emerging-optimizers", "transformers", "mpi4py")
+    packages = ("torch", "numpy", "deepspeed", "megatron-core", "emerging-optimizers", "transformers", "mpi4py", "triton")
     versions = installed_versions(packages)
     for package in packages:
         print(f"  {package} {versions.get(package, 'not installed')}")
