@@ -77,7 +77,7 @@ class BoundParameter:
 
     @property
     def local(self) -> Tensor:
-        return local_tensor(self.parameter.detach())
+        return local_tensor(self.parameter).detach()  # in this order: to detach a DTensor takes ten times as long
 
     @property
     def schedules(self) -> list[Schedule]:
