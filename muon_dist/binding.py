@@ -123,7 +123,7 @@ class Domain:
 
     def flags(self, present: list[bool]) -> Tensor:
         """[0, *present] in int32 on the device, a new tensor. They seldom change, and a copy from the host would make it wait."""
-        if self._flags[0] != present or self._flags[1].device != self.device:
+        if self._flags[0] != present:
             self._flags = (present, torch.tensor([0, *present], dtype=torch.int32, device=self.device))
         return self._flags[1].clone()
 

@@ -60,6 +60,7 @@ def test_a_step_on_a_device_neither_asks_for_values_nor_copies_from_the_host(opt
         optimizer.step()
     (domain,) = optimizer._domains
     domain.device = domain.exchange._device = DEVICE
+    domain._flags = ([], domain._flags[1])
     domain.products = SymmetricProducts(DEVICE.type)
     if options["ns_steps"] == "adaptive":  # one of two matrices of a batch is measured, and takes more steps for it
         adaptation = domain.adaptation
