@@ -86,19 +86,20 @@ def symmetric_product(first: Tensor, second: Tensor, out: Tensor, addend: Tensor
     strides = [(t.stride() if t.ndim == 3 else (0, *t.stride())) for t in (first, second, out if addend is None else addend, out)]
     count = triton.cdiv(size, tile)
     half = out.dtype in (torch.bfloat16, torch.float16)
-    _tiles[count * (count + 1) // 2, batch](
-        first,
-        second,
-        out if addend is None else addend,
-        out,
-        size,
-        depth,
-        *(s for three in strides for s in three),
-        alpha,
-        beta,
-        HAS_ADDEND=addend is not None,
-        TILE=tile,
-        DEPTH=64 if half else 32,
-        num_warps=8 if tile > 64 else 4,
-        num_stages=3 if half else 2,
-    )
+    with torch.cuda.device_of(out):  # Triton launches on the current device
+        _tiles[count * (count + 1) // 2, batch](
+            first,
+            second,
+            out if addend is None else addend,
+            out,
+            size,
+            depth,
+            *(s for three in strides for s in three),
+            alpha,
+            beta,
+            HAS_ADDEND=addend is not None,
+            TILE=tile,
+            DEPTH=64 if half else 32,
+            num_warps=8 if tile > 64 else 4,
+            num_stages=3 if half else 2,
+        )
