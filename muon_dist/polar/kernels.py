@@ -56,7 +56,7 @@ def _tiles(
     left = first + batch * first_batch + rows[:, None] * first_row
     right = second + batch * second_batch + columns[None, :] * second_column
 
-    total = tl.zeros((TILE, TILE), dtype=tl.float32)
+    total = tl.full((TILE, TILE), 0.0, tl.float32)  # tl.zeros is compiled when Triton is imported, and can't be interpreted later
     for start in range(0, depth, DEPTH):
         inner = start + tl.arange(0, DEPTH).to(tl.int64)
         a = tl.load(left + inner[None, :] * first_column, mask=(rows[:, None] < size) & (inner[None, :] < depth), other=0.0)
