@@ -25,7 +25,7 @@ from ..polar.polynomials import JORDAN, Schedule, schedule_for
 from ..polar.products import SymmetricProducts, check_kernels
 from ..polar.restarts import single_steps
 from .peers import newton_schulz as torch_iteration
-from .timing import device_name, device_of
+from .timing import device_name, device_of, times_in_turns
 from .timing import seconds as seconds_of
 
 SHAPES = ("768x768", "768x3072", "3072x768", "1024x1024", "1024x4096", "2048x2048", "2048x5632")  # of models of .1 to 1 B parameters
@@ -72,7 +72,7 @@ def run(
             (
                 f"{size[0]} × {size[1]}",
                 form_name(segments),
-                *(f"{statistics.median(r):.2f}× ({min(r):.2f} … {max(r):.2f})" for r in ratios.values()),
+                *map(_spread, ratios.values()),
                 f"{useful / 1e12:.3g}",
                 f"{useful / peak:.0%}",
             )
@@ -117,11 +117,11 @@ def _measure(
             torch_iteration(matrix, JORDAN, len(schedule), 1e-7)  # its only polynomial; they all cost the same
 
     sides: dict[str, Callable[[], None]] = {DIRECT: direct, CHOSEN: ours, PEER: peer}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds + 1):
-        for name, side in sides.items():
-            seconds[name].append(seconds_of(side, device))
-    return {name: times[1:] for name, times in seconds.items()}
+    return times_in_turns(sides, rounds, device)
+
+
+def _spread(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f}× ({min(ratios):.2f} … {max(ratios):.2f})"
 
 
 def _compare_kernels(
@@ -140,14 +140,15 @@ def _compare_kernels(
             "bA + cA²": (gram, gram, {"addend": gram, "beta": -4.775, "alpha": 2.0315}),
         }
         for name, (first, second, more) in factors.items():
-            times: dict[SymmetricProducts, list[float]] = {kernel: [], whole: []}
-            for _ in range(rounds + 1):
-                for products, taken in times.items():
-                    taken.append(seconds_of(functools.partial(products.multiply, first, second, out, **more), device))
-            ratios = [a / b for a, b in zip(times[kernel][1:], times[whole][1:], strict=True)]
-            errors = [_error(products, first, second, more) for products in times]
+            sides = {"kernel": kernel, "torch": whole}
+            jobs: dict[str, Callable[[], Any]] = {
+                side: functools.partial(products.multiply, first, second, out, **more) for side, products in sides.items()
+            }
+            times = times_in_turns(jobs, rounds, device)
+            ratios = [a / b for a, b in zip(times["kernel"], times["torch"], strict=True)]
+            errors = [_error(products, first, second, more) for products in sides.values()]
             away = [f"{error:.1e}" for error in errors]
-            rows.append((f"{m} × {n}", name, f"{statistics.median(ratios):.2f}× ({min(ratios):.2f} … {max(ratios):.2f})", *away))
+            rows.append((f"{m} × {n}", name, _spread(ratios), *away))
             records.append({"shape": [m, n], "product": name, "kernel_over_torch": ratios, "errors": errors})
             slower = m if statistics.median(ratios) >= 1 else slower
     print()

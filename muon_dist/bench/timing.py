@@ -24,15 +24,18 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def times_in_turns(sides: dict[str, Callable[[], Any]], pairs: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every side's work, in turns, from when all ranks begin until all have ended; the first of each is a warm-up."""
+    """Seconds of every side's work, in turns, from when all ranks (or this process) begin until all have ended; the first of each is a
+    warm-up.
+    """
+    barrier = dist.barrier if dist.is_initialized() else lambda: None
     result: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(pairs + 1):
         for name, step in sides.items():
-            dist.barrier()
+            barrier()
             started = now(device)
             step()
             now(device)
-            dist.barrier()
+            barrier()
             result[name].append(now(device) - started)
     return {name: times[1:] for name, times in result.items()}
 
