@@ -28,7 +28,7 @@ REBALANCE_PERIODS = 4
 
 def blank_rows(count: int) -> Tensor:
     """The state of a parameter's `count` matrices before anything is known: (count, ROW_WIDTH), fp64, on the CPU."""
-    rows = torch.full((count, ROW_WIDTH), float("nan"), dtype=torch.float64)
+    rows = torch.full((count, ROW_WIDTH), float("nan"), dtype=torch.float64, device="cpu")
     rows[:, TAKEN] = 0
     return rows
 
@@ -65,7 +65,7 @@ class Adaptation:
             self.controllers += b.controllers or [None] * len(b.matrices)
         self.measuring: dict[int, int] = {}  # matrix -> step count of its measurement at this step
         self.changed = False  # whether a matrix has another schedule at this step than at the last
-        self._buffer = torch.empty(0)
+        self._buffer = torch.empty(0, device="cpu")
         self._pending: list[_Pending] = []
         adaptive = [c for c in self.controllers if c is not None]
         for k, c in enumerate(adaptive):  # spread evenly over the cycle
@@ -139,7 +139,7 @@ class _Pending:
         if buffer.device.type != "cpu":
             if self._work is not None:
                 self._work.wait()  # on the device's stream; the host goes on
-            self._host = torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=True)
+            self._host = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu", pin_memory=True)
             self._host.copy_(buffer, non_blocking=True)
             self._event = torch.Event(buffer.device)
             self._event.record()

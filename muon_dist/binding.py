@@ -106,11 +106,11 @@ class Domain:
     matrices: list[Matrix]  # parallel to plan.matrices
     owner_of_parameter: list[int] = field(default_factory=list)
     # per parameter: the ranks that hold some of it, where a piece is held twice; else 0
-    whole_count: Tensor = field(default_factory=lambda: torch.empty(0))
+    whole_count: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
     first_bucket: list[list[int]] = field(default_factory=list)  # parameters whose first matrix travels in a bucket
     last_bucket: list[list[int]] = field(default_factory=list)
     adaptation: Adaptation = field(init=False)
-    _flags: tuple[list[bool], Tensor] = field(default_factory=lambda: ([], torch.empty(0)))  # the last that were asked for
+    _flags: tuple[list[bool], Tensor] = field(default_factory=lambda: ([], torch.empty(0, device="cpu")))  # the last that were asked for
 
     def __post_init__(self) -> None:
         self.adaptation = Adaptation(self)
@@ -287,7 +287,7 @@ def rebalanced(domain: Domain, options: PlanOptions) -> Domain | None:
     better = _make_domain(domain.ranks, domain.parameters, domain.process_group, options)
     if better.plan.imbalance() * sum(work) * EVEN_ENOUGH > busiest * domain.plan.n_ranks:
         return None
-    digest = torch.tensor(list(bytes.fromhex(better.plan.digest())), dtype=torch.int64)
+    digest = torch.tensor(list(bytes.fromhex(better.plan.digest())), dtype=torch.int64, device="cpu")
     digests = all_gather_rows(digest, better)
     if (digests != digests[0]).any():
         raise ValueError(f"the ranks {list(domain.ranks)} don't agree on new owners: their measured step counts differ")
@@ -434,7 +434,7 @@ def _compare_plans(domain: Domain) -> None:
         for b in domain.parameters
     ]
     digest = hashlib.sha256("\n".join([domain.plan.digest(), *lines]).encode()).digest()
-    digests = all_gather_rows(torch.tensor(list(digest), dtype=torch.int64), domain)
+    digests = all_gather_rows(torch.tensor(list(digest), dtype=torch.int64, device="cpu"), domain)
     if (digests != digests[0]).any():
         everyone: list[Any] = [None] * len(domain.ranks)
         dist.all_gather_object(everyone, lines, group=domain.process_group)

@@ -128,7 +128,7 @@ def _shard(name: str, placement: Placement, matrix: Matrix, local: Tensor, me: i
             whole_rows[[order[r] for r in range(r0, r1)], c0 : c0 + part.shape[1]] = part.double()
         whole_rows = reduce(whole_rows)
         blocks.update({r: whole_rows[k : k + 1] for r, k in order.items() if cut[r] == me})
-    held = torch.tensor([r for first in sorted(blocks) for r in range(first, first + len(blocks[first]))], dtype=torch.int64)
+    held = torch.tensor([r for first in sorted(blocks) for r in range(first, first + len(blocks[first]))], dtype=torch.int64, device="cpu")
     dtype = torch.float64 if local.dtype == torch.float64 else torch.float32
     stack = torch.cat([blocks[first].to(dtype) for first in sorted(blocks)]) if blocks else local.new_zeros(0, cols, dtype=dtype)
 

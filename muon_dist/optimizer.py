@@ -323,8 +323,8 @@ class MuonDist(torch.optim.Optimizer):
         if not replicated:
             return
         values = [self.state[b.parameter]["momentum_buffer"] for b in replicated]
-        lost = torch.tensor([is_elsewhere(v) for v in values])
-        has = torch.tensor([not is_absent(v) for v in values])
+        lost = torch.tensor([is_elsewhere(v) for v in values], device="cpu")
+        has = torch.tensor([not is_absent(v) for v in values], device="cpu")
         everyone = all_gather_rows(torch.cat([has, lost]).to(torch.int64), domain)
         owners = [domain.owner_of(b) for b in replicated]
         complete = complete_replicas(
@@ -432,7 +432,7 @@ class MuonDist(torch.optim.Optimizer):
             for key, value in entry.items():
                 missing += is_elsewhere(value)
                 if is_unset(value):
-                    complete[p][key] = torch.zeros((), dtype=torch.float32) if key == "step" else torch.zeros_like(p)
+                    complete[p][key] = torch.zeros((), dtype=torch.float32, device="cpu") if key == "step" else torch.zeros_like(p)
         if missing:
             raise RuntimeError(
                 f"the momentum of {missing} replicated parameters lives with their owner ranks, so this state dict would be "

@@ -1,11 +1,15 @@
 """Settings for all tests, and the rule for skips: a skip whose reason is not listed here fails the run."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+from . import pristine
+from .ranks import end_ranks
 
 torch.set_num_threads(1)
 
@@ -22,6 +26,16 @@ ALLOWED_SKIPS: tuple[str, ...] = (
 )
 
 _unlisted: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind() -> Iterator[None]:
+    """A test that changes what other tests of this process run under puts it back; a test of ranks can't help it (tests/ranks.py)."""
+    before = pristine.Interpreter()
+    yield
+    changed = before.changed()
+    before.put_back()
+    assert not changed, f"the test has left changed: {', '.join(changed)}"
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
@@ -41,5 +55,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    end_ranks()
     if _unlisted and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -10,11 +10,14 @@ import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp
 import torch.distributed.tensor.parallel
 
-import muon_dist  # noqa: F401
+import muon_dist
 
 if importlib.util.find_spec("deepspeed"):
     import deepspeed  # noqa: F401
+    import muon_dist.integrations.deepspeed
 if importlib.util.find_spec("megatron"):
+    import megatron.core.models.gpt
     import megatron.core.optimizer  # noqa: F401
+    import muon_dist.integrations.megatron  # noqa: F401
 
 torch.set_num_threads(1)

@@ -126,8 +126,8 @@ SAME = [
 @pytest.mark.parametrize(("ranks", "setup", "form"), SAME)
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(ranks: int, setup: Setup, form: str, tmp_path: Path) -> None:
     for (saved, end), (loaded, again) in zip(
-        run_ranks(ranks, uninterrupted, setup, form, str(tmp_path), children=True),
-        run_ranks(ranks, resumed, setup, form, str(tmp_path), children=True),
+        run_ranks(ranks, uninterrupted, setup, form, str(tmp_path)),
+        run_ranks(ranks, resumed, setup, form, str(tmp_path)),
         strict=True,
     ):
         assert float(saved["step"]) == SAVED_STEPS and float(end["step"]) == SAVED_STEPS + MORE_STEPS
@@ -152,8 +152,8 @@ ELSEWHERE = [
 def test_sharded_checkpoints_load_at_another_world_size(
     ranks: int, setup: Setup, new_ranks: int, new_setup: Setup, form: str, tmp_path: Path
 ) -> None:
-    saved, _ = run_ranks(ranks, uninterrupted, setup, form, str(tmp_path), children=True)[0]
-    loaded, _ = run_ranks(new_ranks, resumed, new_setup, form, str(tmp_path), children=True)[0]
+    saved, _ = run_ranks(ranks, uninterrupted, setup, form, str(tmp_path))[0]
+    loaded, _ = run_ranks(new_ranks, resumed, new_setup, form, str(tmp_path))[0]
     assert saved.keys() == loaded.keys()
     assert sum("spectrum" in name for name in saved) >= 8
     for name in saved:
@@ -173,7 +173,7 @@ def rerouted(folder: str) -> str:
 
 
 def test_momentum_is_not_taken_for_adamws_average(tmp_path: Path) -> None:
-    for message in run_ranks(2, rerouted, str(tmp_path), children=True):
+    for message in run_ranks(2, rerouted, str(tmp_path)):
         assert "linear_fc2.weight was trained by muon when this checkpoint was saved, and goes to adamw now" in message
 
 

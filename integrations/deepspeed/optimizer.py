@@ -282,7 +282,7 @@ class MuonDist(torch.optim.Optimizer):
                 del group[key]
             group.update({**saved, **self._structure[i]})
             for name, rows in kept["spectra"].items():
-                self._spectra[name] = torch.as_tensor(rows).to("cpu", torch.float64, copy=True)
+                self._spectra[name] = torch.as_tensor(rows, device="cpu").to("cpu", torch.float64, copy=True)
         for store in (store for call in self._host.calls for store in call):
             state = self.state[store.tensor]
             if self._every_group[store.group]["algorithm"] == "muon" and "exp_avg" in state:

@@ -234,7 +234,7 @@ def _numbers(rows: Tensor) -> list[list[float | None]]:
 
 
 def _rows(numbers: list[list[float | None]]) -> Tensor:
-    return torch.tensor([[math.nan if value is None else value for value in row] for row in numbers], dtype=torch.float64)
+    return torch.tensor([[math.nan if value is None else value for value in row] for row in numbers], dtype=torch.float64, device="cpu")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,7 +42,7 @@ class _Stream:
 
 def run_without_cuda() -> None:
     """Redirect in this process what Megatron asks of CUDA. Does nothing the second time."""
-    if torch.cuda.is_available() or getattr(run_without_cuda, "done", False):
+    if torch.cuda.is_available() or any(isinstance(mode, _CudaIsCpu) for mode in _get_current_function_mode_stack()):
         return
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     cuda: Any = torch.cuda
@@ -59,7 +59,6 @@ def run_without_cuda() -> None:
         multi_latent_attention.TELinear = type("TELinear", (), {})
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
-    run_without_cuda.done = True  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,12 +19,12 @@ _ELSEWHERE = (0, 0, 0, 0, 0, 0, 0, 0)
 
 def unset() -> Tensor:
     """Stands for zeros that have not been allocated."""
-    return torch.empty(_UNSET)
+    return torch.empty(_UNSET, device="cpu")
 
 
 def elsewhere() -> Tensor:
     """Stands for state that another rank keeps."""
-    return torch.empty(_ELSEWHERE)
+    return torch.empty(_ELSEWHERE, device="cpu")
 
 
 def is_unset(value: object) -> bool:

@@ -110,8 +110,8 @@ class _Run:
         self.iterations = min(iterations, -(-self.short // self.probes))
         self.from_rows = shard.rows < shard.cols
         seed = int.from_bytes(hashlib.sha256(f"{shard.name}/{step}".encode()).digest()[:7], "big")
-        generator = torch.Generator().manual_seed(seed)
-        start = torch.randn(self.short, self.probes, generator=generator, dtype=torch.float64)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        start = torch.randn(self.short, self.probes, generator=generator, dtype=torch.float64, device="cpu")
         start = torch.linalg.qr(start)[0].to(shard.device)
         self.alphas: list[Tensor] = []  # (b, b) blocks of the bidiagonal matrix: the diagonal,
         self.betas: list[Tensor] = []  # and beside it

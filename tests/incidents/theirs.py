@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from .. import deepspeed_hosts as hosts
 
-# On a CPU its Newton–Schulz takes half precision, whose noise would hide what is looked for
-original_muon.ns_compute_dtype = lambda ns_method="gram": torch.float32
-
 SETTINGS = {"lr": 0.5, "adam_lr": 1e-2, "momentum": 0.95, "weight_decay": 0.0, "torch_adam": True}
 
 
 def config(stage: int, *, params: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    # on a CPU its Newton–Schulz takes half precision, whose noise would hide what is looked for
+    original_muon.ns_compute_dtype = lambda ns_method="gram": torch.float32
     result = hosts.config(stage, **more)
     result["optimizer"] = {"type": "Muon", "params": {**SETTINGS, **(params or {})}}
     result.setdefault("gradient_clipping", 0.0)
