@@ -86,7 +86,7 @@ def train_step(engine: Any, step: int) -> float:
     if hasattr(engine, "train_batch"):  # a pipeline, which accumulates by itself
         return float(engine.train_batch(engine.batches))
     for micro in range(engine.gradient_accumulation_steps()):
-        loss = engine(batch(step, dist.get_rank(engine.data_parallel_group), micro))
+        loss = engine(batch(step, dist.get_rank(engine.data_parallel_group), micro).to(engine.device))
         engine.backward(loss)
         engine.step()
     return float(loss.detach())
@@ -111,7 +111,7 @@ def gather_whole(engine: Any, read: Callable[[Any, Any], Tensor | None]) -> dict
             value, p = read(store, piece), piece.parameter
             if value is not None:
                 name = names[p]
-                value = value.detach().float().reshape(-1).clone()
+                value = value.detach().float().reshape(-1).cpu().clone()
                 mine.append((label(p, name), whole_shape(p, name), blocks(p, name, group), piece.start, value))
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)

@@ -40,7 +40,7 @@ def pieces_of(optimizer: Any, read: Any) -> dict[str, list[tuple[int, Tensor]]]:
             value = read(inside, piece)
             if value is not None:
                 name = inside._described[piece.parameter].name
-                result.setdefault(name, []).append((piece.start, value.detach().float().reshape(-1).clone()))
+                result.setdefault(name, []).append((piece.start, value.detach().float().reshape(-1).cpu().clone()))
     return result
 
 

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch.overrides import _get_current_function_mode_stack
 
-# packages whose modules hold state in global variables: groups, handles, flags, registries
-HOSTS = ("muon_dist", "deepspeed", "megatron", "torch.cuda")
+# packages whose modules hold state in global variables: groups, handles, flags, registries; and what is redirected where there is no GPU
+HOSTS = ("muon_dist", "deepspeed", "megatron", *(() if torch.cuda.is_available() else ("torch.cuda",)))
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM)
 SET_BY_OTHERS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}  # variables that pytest and torch set when they please
 

@@ -294,7 +294,7 @@ def train_step(
     positions, mask = _positions_and_mask(setup)
 
     def forward(data: Iterator[Tensor], model: Any) -> Any:
-        tokens = next(data)
+        tokens = next(data).to(positions.device)
         output = model(tokens[:, :-1], positions, mask, labels=tokens[:, 1:])
 
         def loss(value: Tensor) -> Any:

@@ -1,7 +1,8 @@
 """`muon-dist bench ns`: Newton–Schulz alone, per shape: the chosen form beside the direct one, its rate beside a plain product's.
 
-In every round each shape is orthogonalised in the direct form, in the chosen one, and by torch.optim.Muon's iteration in the same
-dtype; a large square product tells what the machine can do.
+In every round a batch of each shape is orthogonalised in the direct form, in the chosen one, and by torch.optim.Muon's iteration in
+the same dtype: matrix by matrix as torch.optim.Muon does, as a batch, and with `--compiled` as a batch through torch.compile. A large
+square product tells what the machine can do.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from ..polar.polynomials import JORDAN, Schedule, schedule_for
 from ..polar.products import SymmetricProducts, check_kernels
 from ..polar.restarts import single_steps
 from .peers import newton_schulz as torch_iteration
-from .timing import device_name, device_of, times_in_turns
+from .timing import device_name, device_of, spread, times_in_turns
 from .timing import seconds as seconds_of
 
 SHAPES = ("768x768", "768x3072", "3072x768", "1024x1024", "1024x4096", "2048x2048", "2048x5632")  # of models of .1 to 1 B parameters
 DIRECT, CHOSEN, PEER = "direct", "chosen", "torch.optim.Muon"
+BATCHED, COMPILED = "its iteration, batched", "its iteration, batched and compiled"
+HEADS = {DIRECT: "over direct", PEER: "over torch.optim.Muon's", BATCHED: "… batched", COMPILED: "… compiled"}
 
 
 def run(
@@ -37,15 +40,16 @@ def run(
     *,
     polynomial: str,
     steps: int,
-    batch: int,
+    batch: list[int],
     dtype: str | None,
     device: str | None,
     rounds: int,
     threads: int,
+    compiled: bool,
     symmetric_kernels: bool,
     json_path: str | None,
 ) -> int:
-    if min(steps, batch, rounds, threads) < 1:
+    if min(steps, *batch, rounds, threads) < 1:
         raise ValueError(f"--steps, --batch, --rounds and --threads must be at least 1, got {steps}, {batch}, {rounds} and {threads}")
     sizes, schedule = [_shape(text) for text in shapes], schedule_for(polynomial, steps)
     torch.set_num_threads(threads)
@@ -57,29 +61,26 @@ def run(
             raise ValueError("--symmetric-kernels: the kernel is for bf16, fp16 and fp32")
     name = device_name(on) if on.type == "cuda" else f"{platform.machine()}, {threads} threads"
     print(
-        f"{polynomial}, {len(schedule)} steps, batches of {batch}, {str(compute).removeprefix('torch.')}; {rounds} rounds after one warm-up"
+        f"{polynomial}, {len(schedule)} steps, batches of {' and '.join(map(str, batch))}, {str(compute).removeprefix('torch.')}; "
+        f"{rounds} rounds after one warm-up"
     )
     print(f"torch {torch.__version__}, {name}\n")
     side = max(2048, max(min(size) for size in sizes))
     peak = _product_rate(side, compute, on, rounds)
     rows, records = [], []
-    for size in sizes:
-        seconds = _measure(size, schedule, batch, compute, on, rounds)
+    peers = [DIRECT, PEER, BATCHED, *([COMPILED] if compiled else [])]
+    for size, count in ((size, count) for count in batch for size in sizes):
+        seconds = _measure(size, schedule, count, compute, on, rounds, compiled)
         segments = segments_of(schedule.steps, *size, compute, SymmetricProducts(on.type))
-        useful = batch * flops(*size, len(schedule)) / statistics.median(seconds[CHOSEN])
-        ratios = {k: [a / b for a, b in zip(seconds[CHOSEN], seconds[k], strict=True)] for k in (DIRECT, PEER)}
-        rows.append(
-            (
-                f"{size[0]} × {size[1]}",
-                form_name(segments),
-                *map(_spread, ratios.values()),
-                f"{useful / 1e12:.3g}",
-                f"{useful / peak:.0%}",
-            )
+        useful = count * flops(*size, len(schedule)) / statistics.median(seconds[CHOSEN])
+        ratios = {name: [a / b for a, b in zip(seconds[CHOSEN], seconds[name], strict=True)] for name in peers}
+        name_of = f"{count} × {size[0]} × {size[1]}" if len(batch) > 1 else f"{size[0]} × {size[1]}"
+        rows.append((name_of, form_name(segments), *map(spread, ratios.values()), f"{useful / 1e12:.3g}", f"{useful / peak:.0%}"))
+        records.append(
+            {"shape": list(size), "batch": count, "segments": list(segments), "seconds": seconds, "useful_flops_per_second": useful}
         )
-        records.append({"shape": list(size), "segments": list(segments), "seconds": seconds, "useful_flops_per_second": useful})
-    heads = ("matrix", "form", "over direct", "over torch.optim.Muon's", "TFLOP/s", "of a product's rate")
-    print(table(heads, rows, right=(2, 3, 4, 5)))
+    heads = ("matrix", "form", *(HEADS[name] for name in peers), "TFLOP/s", "of a product's rate")
+    print(table(heads, rows, right=range(2, len(heads))))
     print(
         "\nover: time over that of the direct form, and of torch.optim.Muon's iteration in the same dtype; median (least … most) of the\n"
         f"rounds. TFLOP/s: useful operations, k(4m²n + 2m³), a second; a {side}³ product does {peak / 1e12:.3g}. More is possible\n"
@@ -88,7 +89,7 @@ def run(
     options = {"polynomial": polynomial, "steps": len(schedule), "batch": batch, "dtype": str(compute), "device": name, "rounds": rounds}
     content = {"torch": torch.__version__, **options, "product_flops_per_second": peak, "shapes": records}
     if symmetric_kernels:
-        content["symmetric_kernels"] = _compare_kernels(sizes, batch, compute, on, rounds)
+        content["symmetric_kernels"] = _compare_kernels(sizes, max(batch), compute, on, rounds)
     write_json(json_path, content)
     return 0
 
@@ -101,8 +102,8 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def _measure(
-    size: tuple[int, int], schedule: Schedule, batch: int, dtype: torch.dtype, device: torch.device, rounds: int
-) -> dict[str, Any]:
+    size: tuple[int, int], schedule: Schedule, batch: int, dtype: torch.dtype, device: torch.device, rounds: int, compiled: bool
+) -> dict[str, list[float]]:
     x = torch.randn(batch, *size, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
 
     def ours() -> None:
@@ -116,12 +117,13 @@ def _measure(
         for matrix in x:
             torch_iteration(matrix, JORDAN, len(schedule), 1e-7)  # its only polynomial; they all cost the same
 
-    sides: dict[str, Callable[[], None]] = {DIRECT: direct, CHOSEN: ours, PEER: peer}
+    sides: dict[str, Callable[[], Any]] = {DIRECT: direct, CHOSEN: ours, PEER: peer}
+    sides[BATCHED] = functools.partial(torch_iteration, x, JORDAN, len(schedule), 1e-7)
+    if compiled:
+        torch.compiler.reset()  # a graph for this shape alone
+        iteration = torch.compile(torch_iteration, dynamic=False)
+        sides[COMPILED] = functools.partial(iteration, x, JORDAN, len(schedule), 1e-7)
     return times_in_turns(sides, rounds, device)
-
-
-def _spread(ratios: list[float]) -> str:
-    return f"{statistics.median(ratios):.2f}× ({min(ratios):.2f} … {max(ratios):.2f})"
 
 
 def _compare_kernels(
@@ -148,7 +150,7 @@ def _compare_kernels(
             ratios = [a / b for a, b in zip(times["kernel"], times["torch"], strict=True)]
             errors = [_error(products, first, second, more) for products in sides.values()]
             away = [f"{error:.1e}" for error in errors]
-            rows.append((f"{m} × {n}", name, _spread(ratios), *away))
+            rows.append((f"{m} × {n}", name, spread(ratios), *away))
             records.append({"shape": [m, n], "product": name, "kernel_over_torch": ratios, "errors": errors})
             slower = m if statistics.median(ratios) >= 1 else slower
     print()

@@ -1,8 +1,9 @@
 """`muon-dist bench step` and `bench dion`: the time of an optimizer step, MuonDist beside a peer, in pairs within one run.
 
-One rank: plain parameters, against torch.optim.Muon. Several: row shards as FSDP2 makes them, against a Muon that gathers every
-matrix on every rank, or against dion's. All do five Jordan steps on the same matrices with the same gradients, whose singular values
-follow the shipped scaling laws; MuonDist is timed with adaptive steps as well, after every matrix has been measured.
+One rank: plain parameters, against torch.optim.Muon, and against torch's fused AdamW. Several: row shards as FSDP2 makes them, against a
+Muon that gathers every matrix on every rank, or against dion's. All do five Jordan steps on the same matrices with the same gradients,
+whose singular values follow the shipped scaling laws; MuonDist is timed with adaptive steps as well, after every matrix has been
+measured. What its step is made of is read off a timeline of one.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ from ..run.bootstrap import end_process_group
 from ..spectrum.controller import LAG
 from ..spectrum.scaling_law import ScalingLaws, layer_kind, relative_depths, shipped_laws
 from .peers import DionMuon, NaiveShardedMuon, TorchMuon
-from .timing import device_name, device_of, times_in_turns
-from .trace import summary, traced
+from .timing import device_name, device_of, host_seconds, spread, times_in_turns
+from .trace import parts, summary, traced
 
 # GPT-2 small, so that the benchmark runs from any directory
 GPT2_SMALL_LAYER = {**dict.fromkeys(("attn.q", "attn.k", "attn.v", "attn.o"), (768, 768)), "mlp.up": (3072, 768), "mlp.down": (768, 3072)}
-FIVE, ADAPTIVE = "five steps", "adaptive"
+FIVE, ADAPTIVE, ADAMW = "five steps", "adaptive", "AdamW (fused)"
+CPU = torch.device("cpu")
 MEASURE_EVERY = 50  # as by default, while steps are timed
 
 Shapes = list[tuple[str, tuple[int, int]]]  # a name, which tells the kind of layer and its depth, and rows × cols
@@ -72,19 +74,19 @@ def run(
     print(f"{model}: {len(shapes)} matrices, {sum(m * n for _, (m, n) in shapes) / 1e6:.1f} M elements; {pairs} pairs after one warm-up")
     print(f"torch {torch.__version__}, {platform.machine()}, {cores} cores, {device_name(on)}")
     print(f"{dtype} on both sides, five Jordan steps at the peer", flush=True)
-    rows, records, traces = [], [], []
+    rows, records, notes = [], [], []
     for n in ranks:
         per_rank = threads or max(1, cores // n)
         peer = "dion" if dion else "torch" if n == 1 else "naive"
         with tempfile.TemporaryDirectory() as folder:
-            arguments = (n, folder, per_rank, device, _measure, shapes, pairs, peer, dtype, options, trace is not None)
+            arguments = (n, folder, per_rank, device, _measure, shapes, pairs, peer, dtype, options)
             spawn(on_rank, args=arguments, nprocs=n)
             record: dict[str, Any] = torch.load(os.path.join(folder, "record"))
             if trace is not None:
-                traces.append(summary(folder, n, f"{trace.removesuffix('.json')}-{n}.json"))
+                notes.append(summary(folder, n, f"{trace.removesuffix('.json')}-{n}.json"))
         record.update(ranks=n, threads=per_rank, ratio={}, median_seconds={k: statistics.median(v) for k, v in record["seconds"].items()})
         for name in (FIVE, ADAPTIVE):
-            ratios = [a / b for a, b in zip(record["seconds"][name], record["seconds"]["peer"], strict=True)]
+            ratios = _ratios(record, name, "peer")
             record["ratio"][name] = statistics.median(ratios)
             steps = f" ({record['steps']:.1f})" if name == ADAPTIVE else ""
             rows.append(
@@ -99,6 +101,7 @@ def run(
                 )
             )
         records.append(record)
+        notes.append(_made_of(record))
         print(f"  {n} rank{'s' if n > 1 else ''} done", flush=True)
     print()
     heads = ("ranks", "MuonDist", "peer", "MuonDist's step", "peer's step", "ratio", "least … most", "imbalance")
@@ -107,8 +110,7 @@ def run(
         "\nratio: MuonDist's time over the peer's, median of the pairs; below 1 MuonDist is faster. adaptive: with its mean number of\n"
         "steps. imbalance: the busiest owner's FLOPs over what is possible, the mean of the ranks or the largest matrix."
     )
-    for text in traces:
-        print(text)
+    print("\n".join(notes))
     machine = {"torch": torch.__version__, "machine": platform.machine(), "cores": cores, "device": device_name(on)}
     listed = [list(shape) for _, shape in shapes]
     write_json(
@@ -125,6 +127,24 @@ def run(
         },
     )
     return 0
+
+
+def _made_of(record: dict[str, Any]) -> str:
+    """What the figures of one number of ranks say beside the ratios."""
+    median, parts = record["median_seconds"], record["parts"]
+    shares = ", ".join(f"{name} {value / parts['all']:.0%}" for name, value in parts.items() if name != "all")
+    ranks = "1 rank" if record["ranks"] == 1 else f"{record['ranks']} ranks"
+    lines = [f"\n{ranks}, five steps, of one step's {parts['all']:.1f} ms: {shares}"]
+    host = statistics.median(record["host_seconds"])
+    lines.append(f"the host is done with a step after {host * 1e3:.1f} ms; all of it takes {median[FIVE] * 1e3:.1f} ms")
+    if ADAMW in median:
+        over = ", ".join(f"{name} {spread(_ratios(record, name, ADAMW))}" for name in (FIVE, ADAPTIVE, "peer"))
+        lines.append(f"over torch's fused AdamW on the same parameters ({median[ADAMW] * 1e3:.2f} ms): {over}")
+    return "\n".join(lines)
+
+
+def _ratios(record: dict[str, Any], name: str, peer: str) -> list[float]:
+    return [a / b for a, b in zip(record["seconds"][name], record["seconds"][peer], strict=True)]
 
 
 def _gpt2_small(layers: int) -> Shapes:
@@ -146,14 +166,14 @@ def _layer(name: str) -> int:
     return next((int(part) for part in name.split(".") if part.isdigit()), 0)
 
 
-def gradients(shapes: Shapes) -> list[Tensor]:
+def gradients(shapes: Shapes, device: torch.device = CPU) -> list[Tensor]:
     """Gradients with the singular values that the shipped scaling laws predict, and random singular vectors; the same on all ranks."""
-    laws, generator = shipped_laws(), torch.Generator().manual_seed(1)
+    laws, generator = shipped_laws(), torch.Generator(device).manual_seed(1)
     result = []
     for (name, (m, n)), depth in zip(shapes, relative_depths([name for name, _ in shapes]), strict=True):
         rank = min(m, n)
-        left, right = (torch.linalg.qr(torch.randn(size, rank, generator=generator))[0] for size in (m, n))
-        result.append((left * singular_values(laws, layer_kind(name), depth, rank)) @ right.mT)
+        left, right = (torch.linalg.qr(torch.randn(size, rank, generator=generator, device=device))[0] for size in (m, n))
+        result.append((left * singular_values(laws, layer_kind(name), depth, rank).to(device)) @ right.mT)
     return result
 
 
@@ -190,16 +210,14 @@ def _measure(
     peer_name: str,
     dtype: str,
     options: PlanOptions,
-    trace: bool,
 ) -> None:
     mesh = init_device_mesh(device.type, (world,))
     torch.manual_seed(0)
-    values, grads = [torch.randn(shape) for _, shape in shapes], gradients(shapes)
+    values, grads = [torch.randn(shape, device=device) for _, shape in shapes], gradients(shapes, device)
 
     def parameters() -> list[tuple[str, nn.Parameter]]:
         result = []
         for (name, _), value, gradient in zip(shapes, values, grads, strict=True):
-            value, gradient = value.to(device), gradient.to(device)
             if world > 1:
                 value, gradient = (distribute_tensor(t, mesh, [Shard(0)], src_data_rank=None) for t in (value, gradient))
             p = nn.Parameter(value.clone())
@@ -226,13 +244,16 @@ def _measure(
     for group in adaptive.param_groups:
         group["measure_every"] = MEASURE_EVERY
     sides: dict[str, Callable[[], Any]] = {FIVE: five.step, ADAPTIVE: adaptive.step, "peer": peer.step}
+    if world == 1:
+        sides[ADAMW] = torch.optim.AdamW([p for _, p in parameters()], lr=1e-3, fused=True).step
     seconds = times_in_turns(sides, pairs, device)
-    if trace:
-        traced(five.step, folder, rank)
+    host = [host_seconds(five.step, device) for _ in range(pairs)]
+    traced(five.step, folder, rank)
     if rank == 0:
         imbalance = {name: _imbalance(optimizer) for name, optimizer in ((FIVE, five), (ADAPTIVE, adaptive))}
         steps = statistics.mean(len(schedule) for _, schedule in adaptive.schedules.values())
-        torch.save({"peer": peer.name, "seconds": seconds, "imbalance": imbalance, "steps": steps}, os.path.join(folder, "record"))
+        found = {"seconds": seconds, "host_seconds": host, "parts": parts(folder, rank), "imbalance": imbalance, "steps": steps}
+        torch.save({"peer": peer.name, **found}, os.path.join(folder, "record"))
 
 
 def _imbalance(optimizer: MuonDist) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,15 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     return now(device) - started
 
 
+def host_seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """Until the host is done with what a device, idle at first, may still be doing."""
+    started = now(device)
+    work()
+    result = time.perf_counter() - started
+    now(device)
+    return result
+
+
 def times_in_turns(sides: dict[str, Callable[[], Any]], pairs: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of every side's work, in turns, from when all ranks (or this process) begin until all have ended; the first of each is a
     warm-up.
@@ -38,6 +48,11 @@ def times_in_turns(sides: dict[str, Callable[[], Any]], pairs: int, device: torc
             barrier()
             result[name].append(now(device) - started)
     return {name: times[1:] for name, times in result.items()}
+
+
+def spread(ratios: Sequence[float]) -> str:
+    """The median of ratios, and the least and the most of them, for a table."""
+    return f"{statistics.median(ratios):.2f}× ({min(ratios):.2f} … {max(ratios):.2f})"
 
 
 def device_of(name: str, ranks: int = 1) -> torch.device:

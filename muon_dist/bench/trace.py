@@ -1,4 +1,5 @@
-"""A timeline of one optimizer step on all ranks, as Chrome's tracing and Perfetto show it, and how much of the travelling it hides."""
+"""A timeline of one optimizer step: its parts on one rank, and on all ranks as Chrome's tracing and Perfetto show it, with how much of the
+travelling it hides."""
 
 from __future__ import annotations
 
@@ -11,6 +12,14 @@ import torch
 
 COLLECTIVES = ("gloo:", "nccl:")
 NEWTON_SCHULZ = "muon_dist::newton_schulz"
+TRAVEL = ("muon_dist::start_gather", "muon_dist::finish_gather", "muon_dist::start_scatter")
+PARTS = {
+    "momentum": ("muon_dist::momentum",),
+    "travel": (*TRAVEL, *COLLECTIVES),
+    "Newton–Schulz": (NEWTON_SCHULZ,),
+    "apply": ("muon_dist::apply",),
+    "AdamW": ("muon_dist::adamw",),
+}
 
 Interval = tuple[float, float]
 
@@ -26,6 +35,24 @@ def traced(step: Callable[[], Any], folder: str, rank: int) -> None:
     profile.export_chrome_trace(os.path.join(folder, f"trace-{rank}.json"))
 
 
+def parts(folder: str, rank: int) -> dict[str, float]:
+    """Milliseconds of the parts of the step that `traced` wrote: the device's, or the host's where there is no device; "all" is from the
+    first event to the last.
+    """
+    events = [e for e in _events(folder, rank) if e["name"].startswith(("muon_dist::", *COLLECTIVES)) or e.get("cat") == "kernel"]
+    found = {name: length(union([e for e in events if e["name"].startswith(starts)])) / 1e3 for name, starts in PARTS.items()}
+    ends = [(e["ts"], e["ts"] + e["dur"]) for e in events]
+    return {**found, "all": (max(stop for _, stop in ends) - min(start for start, _ in ends)) / 1e3}
+
+
+def _events(folder: str, rank: int) -> list[dict[str, Any]]:
+    """What lasted in a rank's step. Of a range that is there twice, when the host queued it and when the device did it, the latter."""
+    with open(os.path.join(folder, f"trace-{rank}.json")) as file:
+        events = [e for e in json.load(file)["traceEvents"] if e.get("ph") == "X"]
+    on_device = any(e.get("cat") == "gpu_user_annotation" for e in events)
+    return [e for e in events if not (on_device and e.get("cat") == "user_annotation")]
+
+
 def summary(folder: str, ranks: int, out: str) -> str:
     """Join the ranks' traces into the file `out`, a process per rank, and say how much of the travelling lay beside Newton–Schulz.
 
@@ -34,8 +61,7 @@ def summary(folder: str, ranks: int, out: str) -> str:
     events: list[dict[str, Any]] = []
     lines = []
     for rank in range(ranks):
-        with open(os.path.join(folder, f"trace-{rank}.json")) as file:
-            own = [e for e in json.load(file)["traceEvents"] if e.get("ph") == "X" and _is_kept(e)]
+        own = [e for e in _events(folder, rank) if _is_kept(e)]
         events.append({"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}})
         events += [{**e, "pid": rank} for e in own]
         iterating = union([e for e in own if e["name"].startswith(NEWTON_SCHULZ)])

@@ -87,10 +87,11 @@ def parser() -> argparse.ArgumentParser:
     )
     ns.add_argument("--polynomial", choices=POLYNOMIALS, default="jordan")
     ns.add_argument("--steps", type=int, default=5)
-    ns.add_argument("--batch", type=int, default=1, help="matrices of each shape (default 1)")
+    ns.add_argument("--batch", type=int, nargs="+", default=[1], help="matrices of each shape (default 1)")
     ns.add_argument("--dtype", help="of the products, such as bf16 (default: what MuonDist takes on the device)")
     ns.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     ns.add_argument("--rounds", type=int, default=7)
+    ns.add_argument("--compiled", action="store_true", help="also beside torch.optim.Muon's iteration through torch.compile")
     ns.add_argument("--symmetric-kernels", action="store_true", help="also measure from how many rows on the Triton kernel is faster")
 
     adaptive = benches.add_parser("adaptive", help="FLOPs and coverage of adaptive step counts on real momentum, part by part")
@@ -99,14 +100,20 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--data", metavar="FILE", nargs="+", help="safetensors files of matrices (default: trains small GPTs)")
     adaptive.add_argument("--coverage", type=float, nargs="+", default=[0.9, 0.75])
 
-    training = benches.add_parser("training", help="loss of a small GPT with fixed, adaptive and exact orthogonalisation")
+    training = benches.add_parser("training", help="loss of a small GPT with fixed, adaptive and exact orthogonalisation, and AdamW")
     training.add_argument("--steps", type=int, default=500)
+    training.add_argument("--seconds", type=float, help="train each so long, instead of --steps")
     training.add_argument("--seeds", type=int, default=3)
+    training.add_argument("--variants", nargs="+", metavar="NAME", help="only these rows of the table (default: all)")
     training.add_argument("--width", type=int, default=128)
     training.add_argument("--layers", type=int, default=4)
     training.add_argument("--batch", type=int, default=16)
     training.add_argument("--context", type=int, default=128)
     training.add_argument("--lr", type=float, default=4e-3)
+    training.add_argument("--adam-lr", type=float, default=1e-3, help="AdamW's (default .001)")
+    training.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the model's products (default fp32)")
+    training.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    training.add_argument("--picture", metavar="FILE", help="loss over steps and over time; needs matplotlib")
 
     ladder = benches.add_parser("ladder", help="GPTs of several widths, their spectra written for muon-dist fit")
     ladder.add_argument("--out", required=True, metavar="DIR", help="a directory per width goes here")
@@ -126,6 +133,13 @@ def parser() -> argparse.ArgumentParser:
     overhead.add_argument("--layers", type=int, default=6)
     overhead.add_argument("--cycles", type=int, default=2, help="measuring periods to time")
     overhead.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+
+    probes = benches.add_parser("probes", help="what other ways to a polar factor would stand on: Cholesky, skinny products, CUDA graphs")
+    probes.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096], help="rows of square matrices")
+    probes.add_argument("--directions", type=int, nargs="+", default=[16, 64, 256], help="columns of skinny matrices")
+    probes.add_argument("--batch", type=int, default=8, help="matrices at once, beside a single one (default 8)")
+    probes.add_argument("--rounds", type=int, default=7)
+    probes.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
 
     deepspeed = benches.add_parser("deepspeed", help="whole training steps in DeepSpeed against its own Muon")
     deepspeed.add_argument("--ranks", type=int, nargs="+", default=[2])
@@ -158,9 +172,9 @@ def parser() -> argparse.ArgumentParser:
     _add_plan_options(scale)
     scale.add_argument("--picture", metavar="FILE", help="plot of the steps; needs matplotlib")
 
-    for command in (ns, adaptive, accuracy, training, ladder, memory, overhead):
+    for command in (ns, adaptive, accuracy, training, ladder, memory, overhead, probes):
         command.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="torch threads")
-    for command in (step, dion, ns, adaptive, accuracy, training, memory, overhead, deepspeed, megatron, scale):
+    for command in (step, dion, ns, adaptive, accuracy, training, memory, overhead, probes, deepspeed, megatron, scale):
         command.add_argument("--json", metavar="FILE", help="also write every figure")
     return root
 
@@ -251,6 +265,10 @@ def _bench(arguments: argparse.Namespace) -> int:
         from ..bench import associative_memory
 
         return associative_memory.run(**options)
+    if arguments.bench == "probes":
+        from ..bench import probes
+
+        return probes.run(**options)
     if arguments.bench == "deepspeed":
         from ..bench import deepspeed
 

@@ -48,11 +48,11 @@ def split_dominant(x: Tensor, count: int, basis: Tensor | None = None) -> Tensor
         basis[..., :count] = q.to(basis.dtype)
     rows = q.mT @ wide  # (B, count, n)
     wide.baddbmm_(q, rows, alpha=-1)
-    dominant = (q @ _inverse_root(rows).to(x.dtype)) @ rows
+    dominant = (q @ inverse_root(rows).to(x.dtype)) @ rows
     return dominant.mT if tall else dominant
 
 
-def _inverse_root(rows: Tensor) -> Tensor:
+def inverse_root(rows: Tensor) -> Tensor:
     """(R Rᵀ)^(−½) of (B, d, n), by Newton–Schulz on the d × d Gram matrix in fp64; zero directions stay finite."""
     precise = rows.to(torch.float64)
     gram = precise @ precise.mT
