@@ -2,10 +2,12 @@
 #
 #   prepare_environment EXTRA    install this package with its extra ("plot" or "test") as launch/constraints.txt pins it
 #
-# Sets VENV. Says what is wrong and exits 2 where it can't. PYTHON chooses the interpreter, VENV_NAME another place than .venv.
+# Sets VENV. Says what is wrong and exits 2 where it can't. PYTHON chooses the interpreter, VENV_NAME another place than .venv, CONSTRAINTS
+# another file of pinned versions.
 
 source "$(dirname "${BASH_SOURCE[0]}")/processes.sh"
 VENV="$ROOT/${VENV_NAME:-.venv}"
+CONSTRAINTS="${CONSTRAINTS:-$ROOT/launch/constraints.txt}"
 
 is_new_enough() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
@@ -32,13 +34,13 @@ has_nvidia_driver() {
 }
 
 pip_install() {
-    "$VENV/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --constraint "$ROOT/launch/constraints.txt" "$@"
+    "$VENV/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --constraint "$CONSTRAINTS" "$@"
 }
 
 install_torch() {
     "$VENV/bin/python" -c 'import torch' 2>/dev/null && return
     local version
-    version="$(sed -n 's/^torch==//p' "$ROOT/launch/constraints.txt")"
+    version="$(sed -n 's/^torch==//p' "$CONSTRAINTS")"
     # Without a driver the CUDA libraries (several GB) are of no use; a CPU build is taken where the package index has one.
     if ! has_nvidia_driver && pip_install "torch==$version+cpu" 2>/dev/null; then
         return
@@ -48,7 +50,7 @@ install_torch() {
 
 prepare_environment() {
     local extra="$1" python stamp
-    stamp="$(cat "$ROOT/launch/constraints.txt" "$ROOT/pyproject.toml" | cksum | cut -d' ' -f1)"
+    stamp="$(cat "$CONSTRAINTS" "$ROOT/pyproject.toml" | cksum | cut -d' ' -f1)"
     if [ -x "$VENV/bin/muon-dist" ] && { [ -e "$VENV/.ready-$extra-$stamp" ] || [ -e "$VENV/.ready-test-$stamp" ]; }; then
         return
     fi
@@ -60,7 +62,7 @@ prepare_environment() {
         echo "making $VENV with $("$python" --version)"
         "$python" -m venv --clear "$VENV" || fail "$python can't make a virtual environment. On Debian or Ubuntu: apt install python3-venv"
     fi
-    echo "installing what launch/constraints.txt pins (minutes the first time, a network is needed)"
+    echo "installing what ${CONSTRAINTS#"$ROOT/"} pins (minutes the first time, a network is needed)"
     install_torch || fail "torch could not be installed. Is there a network? Without an NVIDIA driver, PIP_EXTRA_INDEX_URL can point pip to an index of CPU builds"
     pip_install --editable "$ROOT[$extra]" || fail "the package could not be installed. Is there a network? The lines above say what pip was missing"
     touch "$VENV/.ready-$extra-$stamp"

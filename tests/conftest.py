@@ -1,7 +1,11 @@
-"""Settings for all tests, and the rule for skips: a skip whose reason is not listed here fails the run."""
+"""Settings for all tests: what --all adds, that nothing is left behind, and the rule for skips."""
+
+from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -12,6 +16,16 @@ from . import pristine
 from .ranks import end_ranks
 
 torch.set_num_threads(1)
+
+# Why a test may be left to --all: what `pytest.mark.more` is given. A run without --all says how many each of them has.
+MORE: dict[str, str] = {
+    "product": "other members of a product of options; the run without --all has pairs of them",
+    "random": "more random configurations",
+    "kills": "more kills of the same kind",
+    "repeat": "the same claim at another size, launcher or host",
+    "timing": "seconds are compared, which takes a machine that is not busy",
+    "slow system": "Slurm, network namespaces, a browser: each takes tens of seconds",
+}
 
 # Reasons for which a test may be skipped, as they begin.
 ALLOWED_SKIPS: tuple[str, ...] = (
@@ -29,7 +43,39 @@ ALLOWED_SKIPS: tuple[str, ...] = (
     "Chromium is not installed",
 )
 
+SHARED = {"cluster", "hosts", "runs"}  # fixtures of a module that start daemons, make networks, or train
+
 _unlisted: list[str] = []
+_left_out: Counter[str] = Counter()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="also what is only more of the same, and the slow systems")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", f"more(reason): runs with --all only; reason is one of {', '.join(MORE)}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked `more`, unless it was asked for with --all or by its name."""
+    named = any("::" in argument for argument in config.args)
+    left_out = []
+    for item in items:
+        mark = item.get_closest_marker("more")
+        if mark is None:
+            continue
+        if mark.args not in {(reason,) for reason in MORE}:
+            raise pytest.UsageError(f"{item.nodeid}: pytest.mark.more takes one of {', '.join(MORE)}, not {mark.args}")
+        if not config.getoption("--all") and not named:
+            left_out.append(item)
+            _left_out[mark.args[0]] += 1
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+    for item in items:  # where tests run on several workers, those that share what takes long to make run on one
+        if shared := SHARED & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group(min(shared)))
 
 
 @pytest.fixture(autouse=True)
@@ -56,9 +102,21 @@ def pytest_runtest_logreport(report: pytest.TestReport | pytest.CollectReport) -
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for line in _unlisted:
         terminalreporter.write_line(f"skipped for a reason that tests/conftest.py does not list: {line}", red=True)
+    if _left_out:
+        terminalreporter.section("left to --all")
+        for reason, count in _left_out.most_common():
+            terminalreporter.write_line(f"{count:5} {MORE[reason]}")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """What a worker of pytest-xdist left out: each of them collects all tests."""
+    _left_out.update({reason: count - _left_out[reason] for reason, count in node.workeroutput.get("left_out", {}).items()})
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     end_ranks()
+    if hasattr(session.config, "workeroutput"):  # pytest-xdist: this is a worker, which shows nothing itself
+        session.config.workeroutput["left_out"] = dict(_left_out)
     if _unlisted and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -21,6 +21,9 @@ from torch.overrides import _get_current_function_mode_stack
 
 # packages whose modules hold state in global variables: groups, handles, flags, registries; and what is redirected where there is no GPU
 HOSTS = ("muon_dist", "deepspeed", "megatron", *(() if torch.cuda.is_available() else ("torch.cuda",)))
+# What takes seconds and is made once: Megatron's writers of checkpoints report through a queue that a process of its own serves
+LASTING = {("megatron.core.dist_checkpointing.strategies.filesystem_async", "_results_queue")}
+SERVERS = ("SyncManager",)  # names of such processes
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM)
 SET_BY_OTHERS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}  # variables that pytest and torch set when they please
 
@@ -123,18 +126,18 @@ class Globals:
                 value = now.get(key, _ABSENT)
                 if value is not was or (inside is not None and not _same(_inside(value), inside)):
                     found.append((holder, key, was, inside))
-            for key in [key for key in now if key not in variables and not _internal(key)]:
+            for key in [key for key in now if key not in variables and not _stays(holder, key)]:
                 if not isinstance(now[key], type(sys)):  # a submodule that was imported since
                     found.append((holder, key, _ABSENT, None))
         return found
 
 
 def _variables(holder: Any) -> dict[str, tuple[Any, list[Any] | None]]:
-    return {key: (value, _inside(value)) for key, value in vars(holder).items() if not _internal(key)}
+    return {key: (value, _inside(value)) for key, value in vars(holder).items() if not _stays(holder, key)}
 
 
-def _internal(key: str) -> bool:
-    return key.startswith("__") or key == "_abc_impl"
+def _stays(holder: Any, key: str) -> bool:
+    return key.startswith("__") or key == "_abc_impl" or (holder.__name__, key) in LASTING
 
 
 _ABSENT = object()
@@ -158,6 +161,11 @@ def seed() -> None:
     random.seed(0)
 
 
+# Of a process. A group that was destroyed keeps its three, which look for work all the time, for as long as anyone holds it: DeepSpeed's
+# engines are never freed, since hooks on gradients hold them.
+MOST_THREADS = 40
+
+
 class Leftovers:
     """What can't be put back: processes and threads that a test started and that still run."""
 
@@ -165,5 +173,7 @@ class Leftovers:
         self._threads = set(threading.enumerate())
 
     def found(self) -> list[str]:
-        threads = [t.name for t in threading.enumerate() if t not in self._threads and t.is_alive()]
-        return [f"thread {name}" for name in threads] + [f"process {p.pid}" for p in multiprocessing.active_children()]
+        names = [f"thread {t.name}" for t in threading.enumerate() if t not in self._threads and t.is_alive()]
+        names += [f"process {p.name}" for p in multiprocessing.active_children() if not p.name.startswith(SERVERS)]
+        every = len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else 0
+        return [*names, f"{every} threads"] if every > MOST_THREADS else names

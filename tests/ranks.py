@@ -9,15 +9,18 @@ done the same before: hosts count by rank what must be equal on all (DeepSpeed's
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -37,9 +40,14 @@ class Rank:
         theirs.close()
 
     def end(self) -> None:
+        """The process, and those that it has started."""
+        own = [int(pid) for path in Path(f"/proc/{self.process.pid}/task").glob("*/children") for pid in path.read_text().split()]
         self.pipe.close()
         self.process.kill()
         self.process.join(10)
+        for pid in own:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 _worlds: dict[int, list[Rank]] = {}

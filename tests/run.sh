@@ -1,17 +1,26 @@
 #!/usr/bin/env bash
-# Make or complete .venv, then run every check: style, types, tests. Arguments go to pytest; --setup-only runs nothing.
+# Make or complete .venv, then run every check: style, types, tests. Arguments go to pytest.
+#   --all         also tests that are more of the same, and slow systems
+#   --only-more   these alone
+#   --setup-only  nothing
+# Two tests run at a time: most are one process, or wait.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../launch/environment.sh"
 cd "$ROOT"
 
 prepare_environment test
-for argument in "$@"; do
-    if [ "$argument" = "--setup-only" ]; then
-        echo "ready: $VENV"
-        exit 0
-    fi
-done
+pytest=("$VENV/bin/python" -m pytest -n 2 --dist loadgroup)
 export OMP_NUM_THREADS=1
+case "${1:-}" in
+--setup-only)
+    echo "ready: $VENV"
+    exit 0
+    ;;
+--only-more)
+    shift
+    exec "${pytest[@]}" --all -m more "$@"
+    ;;
+esac
 "$VENV/bin/python" -m ruff check .
 "$VENV/bin/python" -m mypy
-exec "$VENV/bin/python" -m pytest "$@"
+exec "${pytest[@]}" "$@"

@@ -67,10 +67,14 @@ def run_planted(placement: str, steps: int, swap_at: int, options: dict) -> dict
     return {"used": used, "error": max(errors), "rows": rows, "owners": optimizer._domains[0].plan.owners}
 
 
+MORE = pytest.mark.more("repeat")
 OPTIONS = {"burn_in": 3, "measure_every": 6}
 
 
-@pytest.mark.parametrize(("placement", "world"), [("replicas", 1), ("replicas", 2), ("rows", 2), ("rows", 4), ("columns", 3)])
+@pytest.mark.parametrize(
+    ("placement", "world"),
+    [("replicas", 1), ("replicas", 2), pytest.param("rows", 2, marks=MORE), ("rows", 4), pytest.param("columns", 3, marks=MORE)],
+)
 def test_layers_get_what_they_need_and_swap_when_their_spectra_swap(placement: str, world: int) -> None:
     expected = [[max(2, len(choose_schedule(g))) for g in planted_gradients([(48, 64)] * 2, swapped)] for swapped in (False, True)]
     assert expected[0][0] < expected[0][1] and expected[0] == expected[1][::-1]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from muon_dist import MuonDist
-from muon_dist.bench.trace import summary
+from muon_dist.bench.trace import parts, summary
 from muon_dist.cli.main import main
 from muon_dist.cli.run_log import read_log
 
@@ -47,15 +48,16 @@ def test_inspect_finds_a_users_own_module(tmp_path: Path) -> None:
         assert result.returncode == code and words in result.stdout + result.stderr
 
 
-def test_inspect_tells_every_parameters_route_reason_view_and_scale(tmp_path: Path) -> None:
-    result = command("inspect", "configs/models/gpt-5m.json", "--json", str(tmp_path / "inspect.json"))
-    assert result.returncode == 0, result.stderr
+def test_inspect_tells_every_parameters_route_reason_view_and_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(ROOT / "configs" / "models" / "gpt-5m.json")
+    assert main(["inspect", config, "--json", str(tmp_path / "inspect.json")]) == 0
+    printed = capsys.readouterr().out
     written = json.loads((tmp_path / "inspect.json").read_text())
     by_name = {p["name"]: p for p in written["parameters"]}
     assert by_name["blocks.0.attn.qkv.weight"]["matrices"] == [[256, 256]] * 3
     assert by_name["blocks.0.mlp.up.weight"]["scales"] == [pytest.approx(0.2 * 32)]
     assert by_name["lm_head.weight"]["route"] == "adamw" and "head" in by_name["lm_head.weight"]["reason"]
-    assert all(p["name"] in result.stdout and p["reason"] in result.stdout for p in written["parameters"])
+    assert all(p["name"] in printed and p["reason"] in printed for p in written["parameters"])
 
 
 def test_the_config_of_the_quickstart_is_its_model() -> None:
@@ -67,32 +69,38 @@ def test_the_config_of_the_quickstart_is_its_model() -> None:
     assert {p.name: p.shape for p in model_parameters("configs/models/gpt-5m.json")} == expected
 
 
-def test_inspect_reads_a_module_path() -> None:
-    result = command("inspect", "tests.test_routing:Model")
-    assert result.returncode == 0, result.stderr
-    assert "frozen" in result.stdout and "stack of 3 matrices" in result.stdout
+def test_inspect_reads_a_module_path(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "tests.test_routing:Model"]) == 0
+    printed = capsys.readouterr().out
+    assert "frozen" in printed and "stack of 3 matrices" in printed
 
 
 def test_the_models_flops_are_those_of_the_experts_that_a_token_meets(tmp_path: Path) -> None:
-    out = tmp_path / "plan.json"
-    assert main(["plan", "configs/models/moe-1t.json", "--dp", "1", "--tp", "64", "--tokens", "1000", "--json", str(out)]) == 0
+    """On a small mixture of the shipped one's kind."""
+    mixture = json.loads((ROOT / "configs" / "models" / "moe-1t.json").read_text())
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 64, "num_hidden_layers": 3, "num_experts": 24}
+    heads = {"num_attention_heads": 4, "head_dim": 64, "num_key_value_heads": 2, "vocab_size": 1000}
+    config, out = tmp_path / "mixture.json", tmp_path / "plan.json"
+    config.write_text(json.dumps({**mixture, **sizes, **heads}))
+    assert main(["plan", str(config), "--dp", "1", "--tp", "4", "--tokens", "1000", "--json", str(out)]) == 0
     plan = json.loads(out.read_text())
-    layer = 3 * 7168 * 2048  # an expert; 376 of 384 stay idle in each of 60 layers
-    assert plan["model_flops"] == pytest.approx(6 * 1000 * (plan["parameters"] - 60 * 376 * layer), rel=1e-9)
-    assert sum(row["matrices"] for row in plan["forms"]) == len(plan["matrices"])
+    idle = 2 * (24 - 8) * 3 * 256 * 64  # 16 of 24 experts in each of two layers
+    assert plan["model_flops"] == pytest.approx(6 * 1000 * (plan["parameters"] - idle), rel=1e-9)
+    assert sum(row["matrices"] for row in plan["forms"]) == len(plan["matrices"]) > 2 * 24 * 3
 
 
 @pytest.mark.parametrize("config", ["llama-8b", "llama-70b", "gpt-5m", "gpt2-small", "gpt2-medium"])
-def test_plan_writes_what_it_prints(tmp_path: Path, config: str) -> None:
+def test_plan_writes_what_it_prints(tmp_path: Path, config: str, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plan.json"
-    result = command("plan", f"configs/models/{config}.json", "--dp", "4", "--tp", "2", "--zero", "1", "--json", str(out))
-    assert result.returncode == 0, result.stderr
+    path = str(ROOT / "configs" / "models" / f"{config}.json")
+    assert main(["plan", path, "--dp", "4", "--tp", "2", "--zero", "1", "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
     plan = json.loads(out.read_text())
     assert set(plan["matrices"][0]) == {"name", "shape", "owner", "flops"}
     assert set(plan["ranks"][0]) >= {"flops", "bytes_sent", "bytes_received", "state_bytes", "peak_bytes"}
     assert len(plan["ranks"]) == 8
     assert sum(r["flops"] for r in plan["ranks"]) == sum(m["flops"] for m in plan["matrices"])
-    assert f"imbalance {plan['imbalance']:.3f}" in result.stdout and plan["imbalance"] >= plan["imbalance_lower_bound"] >= 1
+    assert f"imbalance {plan['imbalance']:.3f}" in printed and plan["imbalance"] >= plan["imbalance_lower_bound"] >= 1
 
 
 @pytest.mark.parametrize(
@@ -107,19 +115,32 @@ def test_plan_writes_what_it_prints(tmp_path: Path, config: str) -> None:
         (("plan", "configs/models/llama-8b.json", "--ns-steps", "0"), "at least 1"),
         (("plan", "configs/models/gpt-5m.json", "--json", "/no/such/folder/plan.json"), "No such file"),
         (("plan", "no.json", "--zero", "1"), "can't read"),
+        (("bench", "training", "--seconds", "0"), "--seconds must be above 0"),
+        (("bench", "training", "--variants", "six steps"), "there is no 'six steps': choose from"),
+        (("bench", "training", "--device", "cuda"), "1 rank(s): this machine has"),
+        (("bench", "probes", "--sizes", "0"), "at least 1"),
         (("bench", "step", "--pairs", "0"), "at least 1"),
         (("bench", "ns", "--shapes", "768by768"), "768x3072"),
-        (("bench", "ns", "--dtype", "int8"), "not a dtype"),
-        (("bench", "ns", "--device", "cpu", "--symmetric-kernels"), "needs a CUDA device"),
+        (("bench", "ns", "--dtype", "int8", "--threads", "1"), "not a dtype"),
+        (("bench", "ns", "--device", "cpu", "--symmetric-kernels", "--threads", "1"), "needs a CUDA device"),
         (("bench", "step", "--device", "cuda", "--ranks", "999"), "999 rank(s): this machine has"),
         (("bench", "step", "--symmetric-kernels", "0"), "rows of a Gram matrix"),
         (("plan", "configs/models/llama-8b.json", "--bucket-mb", "0"), "bucket_mb must be a positive number"),
         (("bench", "dion", "--ranks", "1"), "2 or more" if find_spec("dion") else "needs dion"),
     ],
 )
-def test_wrong_arguments_end_with_one_clear_line(arguments: tuple[str, ...], words: str) -> None:
-    result = command(*arguments)
-    assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr
+def test_wrong_arguments_end_with_one_clear_line(
+    arguments: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert words in told and "Traceback" not in told and told.startswith(f"muon-dist {arguments[0]}: ")
+
+
+def test_a_command_that_is_refused_ends_with_its_line_and_status_2() -> None:
+    result = command("plan", "no.json", "--zero", "1")
+    assert result.returncode == 2 and "can't read" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_bench_ns_measures_both_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,10 +152,11 @@ def test_bench_ns_measures_both_forms(tmp_path: Path, capsys: pytest.CaptureFixt
     assert all(len(times) == 2 and min(times) > 0 for s in written["shapes"] for times in s["seconds"].values())
 
 
-def test_bench_deepspeed_counts_what_both_sides_orthogonalise(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["1", pytest.param("3", marks=pytest.mark.more("repeat"))])
+def test_bench_deepspeed_counts_what_both_sides_orthogonalise(stage: str, tmp_path: Path) -> None:
     out = tmp_path / "deepspeed.json"
     small = ("--width", "64", "--layers", "1", "--rounds", "1", "--warmup", "1")
-    result = command("bench", "deepspeed", "--ranks", "2", "--stages", "1", "3", *small, "--json", str(out))
+    result = command("bench", "deepspeed", "--ranks", "2", "--stages", stage, *small, "--json", str(out))
     assert result.returncode == 0, result.stderr
     for run in json.loads(out.read_text())["runs"]:
         assert run["calls"]["MuonDist, 5 steps"] == 4 and run["steps"]["MuonDist, 5 steps"] == 5  # each of the four matrices once
@@ -144,19 +166,20 @@ def test_bench_deepspeed_counts_what_both_sides_orthogonalise(tmp_path: Path) ->
 def test_bench_step_measures_pairs_and_draws_a_timeline(tmp_path: Path) -> None:
     out, trace = tmp_path / "bench.json", tmp_path / "trace.json"
     small = ("--model", "configs/models/gpt-5m.json", "--layers", "1", "--pairs", "2")
-    result = command("bench", "step", *small, "--ranks", "1", "2", "--trace", str(trace), "--json", str(out))
+    result = command("bench", "step", *small, "--ranks", "2", "--trace", str(trace), "--json", str(out))
     assert result.returncode == 0, result.stderr
     runs = json.loads(out.read_text())["runs"]
-    assert [(r["ranks"], len(r["seconds"]["five steps"])) for r in runs] == [(1, 2), (2, 2)]
+    assert [(r["ranks"], len(r["seconds"]["five steps"])) for r in runs] == [(2, 2)]  # tests/gpu/test_command.py has one rank
     assert all(f"{ratio:.2f}×" in result.stdout for r in runs for ratio in r["ratio"].values())
     assert all(r["imbalance"]["five steps"] >= 1 and r["steps"] >= 2 for r in runs)
-    for n in (1, 2):
-        events = json.loads((tmp_path / f"trace-{n}.json").read_text())["traceEvents"]
-        assert {e["pid"] for e in events} == set(range(n)) and f"one step on {n} ranks" in result.stdout
-        for rank in range(n):
-            names = [e["name"].partition(" ")[0] for e in events if e["pid"] == rank]
-            assert {"muon_dist::momentum", "muon_dist::start_gather", "muon_dist::newton_schulz", "muon_dist::apply"} <= set(names)
-            assert names.count("gloo:all_to_all") == 2 * (n - 1)
+    parts, shares = runs[0]["parts"], re.search(r"2 ranks, five steps, of one step's .* ms: momentum", result.stdout)
+    assert shares and parts["travel"] > 0 and 0 < parts["Newton–Schulz"] < parts["all"]
+    events = json.loads((tmp_path / "trace-2.json").read_text())["traceEvents"]
+    assert {e["pid"] for e in events} == {0, 1} and "one step on 2 ranks" in result.stdout
+    for rank in (0, 1):
+        names = [e["name"].partition(" ")[0] for e in events if e["pid"] == rank]
+        assert {"muon_dist::momentum", "muon_dist::start_gather", "muon_dist::newton_schulz", "muon_dist::apply"} <= set(names)
+        assert names.count("gloo:all_to_all") == 2
 
 
 def test_a_timeline_counts_what_is_travelling_beside_newton_schulz(tmp_path: Path) -> None:
@@ -166,6 +189,18 @@ def test_a_timeline_counts_what_is_travelling_beside_newton_schulz(tmp_path: Pat
     (tmp_path / "trace-0.json").write_text(json.dumps({"traceEvents": events}))
     assert "Newton–Schulz 0.0 ms, travelling 0.0 ms, 50% of it beside" in summary(str(tmp_path), 1, str(tmp_path / "out.json"))
     assert "aten::mm" not in (tmp_path / "out.json").read_text()
+
+
+def test_the_parts_of_a_step_are_the_devices_where_there_is_one(tmp_path: Path) -> None:
+    """A range is in the timeline when the host queued it, and when the device did it."""
+    host = [("muon_dist::momentum", 0, 5), ("muon_dist::newton_schulz 2x4x4", 5, 5), ("muon_dist::start_gather", 10, 2)]
+    device = [("muon_dist::momentum", 100, 10), ("muon_dist::newton_schulz 2x4x4", 110, 70), ("muon_dist::apply", 180, 20)]
+    events = [{"ph": "X", "name": name, "ts": at, "dur": lasts, "cat": "user_annotation"} for name, at, lasts in host]
+    (tmp_path / "trace-0.json").write_text(json.dumps({"traceEvents": events}))
+    assert parts(str(tmp_path), 0) == {"momentum": 0.005, "travel": 0.002, "Newton–Schulz": 0.005, "apply": 0, "AdamW": 0, "all": 0.012}
+    events += [{"ph": "X", "name": name, "ts": at, "dur": lasts, "cat": "gpu_user_annotation"} for name, at, lasts in device]
+    (tmp_path / "trace-0.json").write_text(json.dumps({"traceEvents": events}))
+    assert parts(str(tmp_path), 0) == {"momentum": 0.01, "travel": 0, "Newton–Schulz": 0.07, "apply": 0.02, "AdamW": 0, "all": 0.1}
 
 
 def quickstart(*arguments: str) -> subprocess.CompletedProcess:
@@ -188,8 +223,15 @@ def test_the_quickstart_trains_and_draws(tmp_path: Path) -> None:
     assert logs["muon_dist"].plan["state_bytes"] < 0.53 * logs["adamw"].plan["state_bytes"]
     assert "<!doctype html>" in (out / "report.html").read_text()
     assert "step 2/2" in result.stdout and "optimizer share" in result.stdout
-    again = quickstart("--steps", "2", "--data", str(data), "--nproc", "1", "--out", str(out))  # begins anew
-    assert again.returncode == 0 and "going on from" not in again.stdout
+
+
+@pytest.mark.more("repeat")
+def test_the_quickstart_begins_anew_where_it_has_run_before(tmp_path: Path) -> None:
+    data = tmp_path / "text"
+    data.write_text("to be or not to be, that is the question\n" * 200)
+    for _ in range(2):
+        result = quickstart("--steps", "2", "--data", str(data), "--nproc", "1", "--out", str(tmp_path / "out"))
+        assert result.returncode == 0 and "going on from" not in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -264,14 +306,34 @@ def test_benches_of_adaptivity_run(tmp_path: Path, capsys: pytest.CaptureFixture
     assert found["0.9: generated, Schatten-8"]["lowest"] >= 0.85
     assert main(["bench", "spectrum", "--data", data, "--threads", "1"]) == 0
     assert "Golub–Kahan, 24 iterations" in capsys.readouterr().out
-    assert main(["bench", "associative-memory", "--horizons", "4", "8", "--betas", "1.5", "--picture", str(tmp_path / "p.png")]) == 0
+    small = ["--horizons", "4", "8", "--betas", "1.5", "--threads", "1", "--picture", str(tmp_path / "p.png")]
+    assert main(["bench", "associative-memory", *small]) == 0
     assert "theory" in capsys.readouterr().out and (tmp_path / "p.png").exists()
-    assert main(["bench", "ladder", "--out", str(tmp_path / "ladder"), "--widths", "16", "32", "--steps", "4", "--layers", "1"]) == 0
+    assert (
+        main(
+            [
+                "bench",
+                "ladder",
+                "--out",
+                str(tmp_path / "ladder"),
+                "--widths",
+                "16",
+                "32",
+                "--steps",
+                "4",
+                "--layers",
+                "1",
+                "--threads",
+                "1",
+            ]
+        )
+        == 0
+    )
     assert (tmp_path / "ladder" / "width-32" / "spectrum.jsonl").exists()
     small = ["--steps", "3", "--seeds", "1", "--width", "16", "--layers", "1", "--batch", "2", "--context", "16"]
     assert main(["bench", "training", *small, "--threads", "1"]) == 0
     assert "exact polar factor" in capsys.readouterr().out
     assert main(["bench", "overhead", "--width", "16", "--layers", "1", "--cycles", "1", "--threads", "1"]) == 0
     assert "bytes per measurement" in capsys.readouterr().out
-    assert main(["bench", "adaptive", "--data", str(tmp_path / "none.safetensors")]) == 2
+    assert main(["bench", "adaptive", "--data", str(tmp_path / "none.safetensors"), "--threads", "1"]) == 2
     assert "can't read" in capsys.readouterr().err

@@ -64,14 +64,15 @@ def resumed(stage: int, dtype: str, tp: int, folder: str, universal: bool) -> tu
     return loaded, everything(engine)
 
 
+MORE = pytest.mark.more("product")
 WHERE = [
-    (0, "fp32", 1),
+    pytest.param(0, "fp32", 1, marks=MORE),
     (0, "bf16", 1),
-    (1, "bf16", 1),
+    pytest.param(1, "bf16", 1, marks=MORE),
     (1, "bf16_fp32", 1),
     (2, "fp32", 1),
-    (3, "fp32", 1),
-    (3, "bf16", 1),
+    pytest.param(3, "fp32", 1, marks=MORE),
+    pytest.param(3, "bf16", 1, marks=MORE),
     (1, "fp32", 2),
     (3, "bf16", 2),
 ]
@@ -113,12 +114,12 @@ def convert(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 # (stage, dtype, ranks, tp) it was saved at, and (stage, ranks, tp) it is loaded at
 ELSEWHERE = [
-    ((1, "fp32", 2, 1), (2, 3, 1)),
-    ((2, "bf16", 2, 1), (2, 4, 1)),
+    pytest.param((1, "fp32", 2, 1), (2, 3, 1), marks=MORE),
+    pytest.param((2, "bf16", 2, 1), (2, 4, 1), marks=MORE),
     ((1, "bf16_fp32", 2, 1), (1, 1, 1)),
     ((1, "fp32", 2, 1), (1, 4, 2)),
-    ((1, "bf16", 4, 2), (1, 2, 1)),
-    ((3, "bf16", 2, 1), (3, 3, 1)),
+    pytest.param((1, "bf16", 4, 2), (1, 2, 1), marks=MORE),
+    pytest.param((3, "bf16", 2, 1), (3, 3, 1), marks=MORE),
     ((3, "fp32", 4, 2), (3, 2, 1)),
 ]
 

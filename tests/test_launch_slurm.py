@@ -70,6 +70,7 @@ def starts_again(cluster: Cluster, job: Submitted) -> None:
     cluster.wait_for(lambda: cluster.state(job.number) == "RUNNING", what=job.text)
 
 
+@pytest.mark.more("slow system")
 def test_a_job_on_two_nodes_trains_and_survives_a_killed_rank(cluster: Cluster, tmp_path: Path) -> None:
     job = Submitted(cluster, tmp_path, "--steps", "60")
     job.reaches(7)
@@ -81,6 +82,7 @@ def test_a_job_on_two_nodes_trains_and_survives_a_killed_rank(cluster: Cluster, 
     assert sorted(losses(job.out)) == list(range(1, 61))
 
 
+@pytest.mark.more("slow system")
 def test_a_job_goes_on_with_the_nodes_that_are_left(cluster: Cluster, tmp_path: Path) -> None:
     job = Submitted(cluster, tmp_path, "--steps", "60")
     job.reaches(7)
@@ -91,6 +93,7 @@ def test_a_job_goes_on_with_the_nodes_that_are_left(cluster: Cluster, tmp_path: 
     assert sorted(losses(job.out)) == list(range(1, 61))
 
 
+@pytest.mark.more("slow system")
 def test_a_job_whose_time_is_nearly_over_saves_and_goes_back_into_the_queue(cluster: Cluster, tmp_path: Path) -> None:
     job = Submitted(cluster, tmp_path, "--steps", "400")
     job.reaches(7)

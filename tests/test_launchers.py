@@ -41,13 +41,20 @@ class Here:
 
     def refuses(self, *flags: str) -> str:
         """What it says on its way out."""
+        with pytest.raises(SystemExit) as end:
+            self._run(*flags)
+        assert end.value.code not in (0, None)
+        return f"{self._capsys.readouterr().err}{end.value}"
+
+    def prints(self, *flags: str) -> str:
+        self._run(*flags)
+        return self._capsys.readouterr().out
+
+    def _run(self, *flags: str) -> None:
         import train_gpt
 
         self._monkeypatch.setattr(sys, "argv", ["train_gpt.py", *flags])
-        with pytest.raises(SystemExit) as end:
-            train_gpt.main()
-        assert end.value.code not in (0, None)
-        return f"{self._capsys.readouterr().err}{end.value}"
+        train_gpt.main()
 
 
 @pytest.fixture
@@ -55,12 +62,18 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return Here(monkeypatch, capsys)
 
 
+MORE = pytest.mark.more("repeat")
 TRAIN = [sys.executable, str(ROOT / "launch" / "train_gpt.py")]
 
 
 @pytest.mark.parametrize(
     ("name", "ranks", "found"),
-    [("torchrun.sh", 2, "torchrun"), ("mpirun.sh", 3, "MPI"), ("mpirun.sh", 4, "MPI"), ("torchrun.sh", 1, "torchrun")],
+    [
+        ("torchrun.sh", 2, "torchrun"),
+        ("mpirun.sh", 3, "MPI"),
+        pytest.param("mpirun.sh", 4, "MPI", marks=MORE),
+        pytest.param("torchrun.sh", 1, "torchrun", marks=MORE),
+    ],
 )
 def test_launchers_train_alike(name: str, ranks: int, found: str, tmp_path: Path) -> None:
     done = launch(script(name), *SMALL, "--steps", "4", "--out", str(tmp_path / "out"), NPROC=str(ranks))
@@ -73,7 +86,7 @@ def test_launchers_train_alike(name: str, ranks: int, found: str, tmp_path: Path
     assert sorted({m["owner"] for m in plan["domains"][0]["matrices"]}) == list(range(ranks))
 
 
-@pytest.mark.parametrize("config", ["zero2", "zero3"])
+@pytest.mark.parametrize("config", [pytest.param("zero2", marks=MORE), "zero3"])
 def test_deepspeeds_launcher(config: str, tmp_path: Path) -> None:
     flags = [*SIZE, *LOGS, "--steps", "8", "--out", str(tmp_path)]
     port = "29611" if config == "zero2" else "29613"
@@ -115,7 +128,7 @@ class Running:
 BARE = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", "--max_restarts", "2", str(ROOT / "launch" / "train_gpt.py")]
 
 
-@pytest.mark.parametrize("command", [script("torchrun.sh"), BARE], ids=["script", "torchrun"])
+@pytest.mark.parametrize("command", [script("torchrun.sh"), pytest.param(BARE, marks=MORE)], ids=["script", "torchrun"])
 def test_torchrun_starts_all_ranks_again_after_one_is_killed(command: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     job = Running(command, out, "--steps", "60", "--save-every", "5", steps=7)
@@ -206,12 +219,11 @@ def test_a_dry_run_prints_the_plan_of_all_ranks() -> None:
     ],
     ids=" ".join,
 )
-def test_what_a_dry_run_prints_is_read_back(flags: list[str], tmp_path: Path) -> None:
-    one = launch(TRAIN, *SIZE, *flags, "--dry-run")
-    assert one.returncode == 0, one.stderr
-    (tmp_path / "again.toml").write_text(one.stdout.split("\nrank 0 of 1")[0])
-    again = launch(TRAIN, "--config", str(tmp_path / "again.toml"), "--dry-run")
-    assert again.stdout == one.stdout and ("sharded like ZeRO 3" in one.stdout) == ("megatron" not in flags)
+def test_what_a_dry_run_prints_is_read_back(flags: list[str], tmp_path: Path, here: Here) -> None:
+    one = here.prints(*SIZE, *flags, "--dry-run")
+    (tmp_path / "again.toml").write_text(one.split("\nrank 0 of 1")[0])
+    again = here.prints("--config", str(tmp_path / "again.toml"), "--dry-run")
+    assert again == one and ("sharded like ZeRO 3" in one) == ("megatron" not in flags)
 
 
 @pytest.mark.parametrize(

@@ -108,17 +108,18 @@ def resumed(setup: Setup, form: str, folder: str) -> tuple[dict[str, Tensor], di
     return loaded, everything(chunks, optimizer)
 
 
+MORE = pytest.mark.more("product")
 FLAT = Setup(distributed_optimizer=True)
 SAME = [
-    (2, Setup(tp=2), ""),
+    pytest.param(2, Setup(tp=2), "", marks=MORE),
     (2, Setup(tp=2, dtype="bf16"), ""),
-    (2, FLAT, "fully_reshardable"),
+    pytest.param(2, FLAT, "fully_reshardable", marks=MORE),
     (2, FLAT, "dp_reshardable"),
-    (4, dataclasses.replace(FLAT, tp=2, dtype="bf16"), "fully_reshardable"),
+    pytest.param(4, dataclasses.replace(FLAT, tp=2, dtype="bf16"), "fully_reshardable", marks=MORE),
     (2, Setup(tp=2), "plain"),
     (2, dataclasses.replace(FLAT, dtype="bf16"), "plain"),
     (2, Setup(pp=2, micro_batches=2, dtype="bf16"), ""),
-    (2, Setup(ep=2, experts=4), ""),
+    pytest.param(2, Setup(ep=2, experts=4), "", marks=MORE),
     (2, dataclasses.replace(FLAT, ep=2, experts=4), "fully_reshardable"),
 ]
 
@@ -138,10 +139,12 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(ranks: int, set
 
 
 ELSEWHERE = [
-    (2, Setup(tp=2), 1, Setup(), ""),
+    pytest.param(2, Setup(tp=2), 1, Setup(), "", marks=MORE),
     (1, Setup(dtype="bf16"), 4, Setup(tp=4, dtype="bf16"), ""),
     (2, FLAT, 4, dataclasses.replace(FLAT, tp=2), "fully_reshardable"),
-    (4, dataclasses.replace(FLAT, tp=2, dtype="bf16"), 2, dataclasses.replace(FLAT, dtype="bf16"), "fully_reshardable"),
+    pytest.param(
+        4, dataclasses.replace(FLAT, tp=2, dtype="bf16"), 2, dataclasses.replace(FLAT, dtype="bf16"), "fully_reshardable", marks=MORE
+    ),
     (2, FLAT, 3, FLAT, "dp_reshardable"),
     (2, Setup(pp=2, micro_batches=2), 2, Setup(tp=2), ""),
     (2, Setup(ep=2, experts=4), 4, Setup(ep=4, experts=4), ""),

@@ -20,6 +20,7 @@ def test_a_run_does_not_depend_on_tensor_parallelism(tmp_path: Path) -> None:
         assert tp2[step] == pytest.approx(loss, rel=1e-5) and dp2[step] == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.more("repeat")
 @pytest.mark.parametrize("more", [["--optimizer", "adamw"], ["--precision", "bf16", "--ns-steps", "5"]], ids=["adamw", "bf16"])
 def test_other_optimizers_and_precisions(more: list[str], tmp_path: Path) -> None:
     flags = [*SIZE, *LOGS, "--batch", "12", "--engine", "megatron", *more]

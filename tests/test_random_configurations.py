@@ -1,17 +1,17 @@
-"""A thousand random configurations, right and wrong ones: each trains a step on two ranks or raises a clear error on both; none hangs."""
+"""Random configurations, right and wrong ones: each trains a step on two ranks or raises a clear error on both; none hangs.
+
+The same ones at every run, so that a failure is nobody's bad luck; `--hypothesis-seed N` draws others, `--all` a thousand.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import os
-import pickle
 import sys
 import tempfile
-import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,64 +23,63 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from .jobs import ROOT
-from .ranks import _context
+from .ranks import run_ranks
 
 RANKS = 2
-PATIENCE = 60.0  # seconds until a configuration is taken to hang
-TRAINER, OPTIMIZER = 600, 400  # configurations of the trainer's flags, and of MuonDist's arguments
+AT_ONCE = 25  # configurations that ranks try one after the other before others take their places
+PATIENCE = 120.0  # seconds for so many, until one is taken to hang
 
-SETTINGS = {"deadline": None, "derandomize": True, "phases": [Phase.generate], "suppress_health_check": list(HealthCheck), "database": None}
-seen: Counter[str] = Counter()
-
-
-class Workers:
-    """Ranks of one process group that try one configuration after the other."""
-
-    def __init__(self, folder: Path) -> None:
-        self._pipes, self._processes = [], []
-        for rank in range(RANKS):
-            ours, theirs = _context.Pipe()
-            process = _context.Process(target=_serve, args=(theirs, rank, str(folder)))
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
-
-    def try_out(self, kind: str, configuration: Any) -> str:
-        """What became of it: "trained", or the error, the same on all ranks; fails the test where it is none of both."""
-        for pipe in self._pipes:
-            pipe.send((kind, configuration))
-        deadline, outcomes = time.monotonic() + PATIENCE, []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(max(0.0, deadline - time.monotonic())):
-                pytest.fail(f"{configuration}: rank {rank} hangs; others: {outcomes}")
-            try:
-                outcomes.append(pickle.loads(pipe.recv_bytes()))
-            except EOFError:
-                pytest.fail(f"{configuration}: rank {rank} died")
-        for clear, words in outcomes:
-            assert clear, f"{configuration} is neither trained nor refused clearly:\n{words}"
-        told = {words == "trained" for _, words in outcomes}
-        assert len(told) == 1, f"{configuration}: ranks disagree: {outcomes}"
-        return str(outcomes[0][1])
-
-    def stop(self) -> None:
-        for process in self._processes:
-            process.kill()
-            process.join(10)
+Outcome = tuple[bool, str]  # whether it is clear what became of it, and "trained" or the error
 
 
-@pytest.fixture(scope="module")
-def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
-    folder = tmp_path_factory.mktemp("random")
-    (folder / "text").write_bytes(b"to be or not to be, that is the question. " * 40)
-    (folder / "short").write_bytes(b"to be")
-    np.save(folder / "tokens.npy", np.arange(900, dtype=np.uint16) % 256)
-    np.save(folder / "large.npy", np.arange(900, dtype=np.int32) + 5000)
-    (folder / "tokens.bin").write_bytes((np.arange(900, dtype=np.uint32) % 256).tobytes())
-    made = Workers(folder)
-    yield made
-    made.stop()
+def drawn(strategy: Any, count: int) -> list[Any]:
+    """`count` examples."""
+    found: list[Any] = []
+    same = not any(word.startswith("--hypothesis-seed") for word in sys.argv)
+
+    @settings(
+        max_examples=count,
+        derandomize=same,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+        database=None,
+    )
+    @given(example=strategy)
+    def draw(example: Any) -> None:
+        found.append(example)
+
+    draw()
+    return found
+
+
+def try_all(kind: str, configurations: list[Any], folder: Path) -> Counter[str]:
+    """How many were "trained" and "refused"; fails where ranks disagree about one, or where one is neither."""
+    counts: Counter[str] = Counter()
+    for first in range(0, len(configurations), AT_ONCE):
+        some = configurations[first : first + AT_ONCE]
+        try:
+            ranks = run_ranks(RANKS, try_some, kind, some, str(folder), first, timeout=PATIENCE)
+        except RuntimeError as error:
+            at = [path.read_text() for path in sorted(folder.glob("trying-*"))]
+            pytest.fail(f"{error}\n\nat the time ranks tried:\n" + "\n".join(at))
+        for configuration, outcomes in zip(some, zip(*ranks, strict=True), strict=True):
+            for clear, words in outcomes:
+                assert clear, f"{configuration} is neither trained nor refused clearly:\n{words}"
+            assert len({words == "trained" for _, words in outcomes}) == 1, f"{configuration}: ranks disagree: {outcomes}"
+            counts["trained" if outcomes[0][1] == "trained" else "refused"] += 1
+    return counts
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Data of several kinds."""
+    (tmp_path / "text").write_bytes(b"to be or not to be, that is the question. " * 40)
+    (tmp_path / "short").write_bytes(b"to be")
+    np.save(tmp_path / "tokens.npy", np.arange(900, dtype=np.uint16) % 256)
+    np.save(tmp_path / "large.npy", np.arange(900, dtype=np.int32) + 5000)
+    (tmp_path / "tokens.bin").write_bytes((np.arange(900, dtype=np.uint32) % 256).tobytes())
+    return tmp_path
 
 
 def maybe(strategy: Any) -> Any:
@@ -126,10 +125,8 @@ FLAGS = {
 }
 
 
-@settings(max_examples=TRAINER, **SETTINGS)
-@given(configuration=st.fixed_dictionaries(FLAGS))
-def test_every_configuration_of_the_trainer_trains_or_is_refused(workers: Workers, configuration: dict[str, Any]) -> None:
-    # a flag that the engine or the optimizer has no use for is refused, so most of those are left out
+def flags_of(configuration: dict[str, Any]) -> list[str]:
+    """A flag that the engine or the optimizer has no use for is refused, so most of those are left out."""
     words = {name: value for name, value in configuration.items() if value is not None}
     if len(words) % 3:
         for name in ("tp",) if words["engine"] != "megatron" else ():
@@ -143,8 +140,13 @@ def test_every_configuration_of_the_trainer_trains_or_is_refused(workers: Worker
             words.pop("data_dtype")
         else:
             words["data_dtype"] = "uint32"
-    outcome = workers.try_out("trainer", words)
-    seen["trained" if outcome == "trained" else "refused"] += 1
+    return [f"--{name.replace('_', '-')}={value}" for name, value in words.items()]
+
+
+@pytest.mark.parametrize("count", [50, pytest.param(600, marks=pytest.mark.more("random"))])
+def test_every_configuration_of_the_trainer_trains_or_is_refused(count: int, folder: Path) -> None:
+    counts = try_all("trainer", [flags_of(each) for each in drawn(st.fixed_dictionaries(FLAGS), count)], folder)
+    assert sum(counts.values()) == count and min(counts["trained"], counts["refused"]) >= count // 5, counts  # enough of either
 
 
 FLOATS = [0.0, -1.0, float("nan"), float("inf"), "0.1", None]
@@ -181,59 +183,48 @@ ARGUMENTS = {
 ADAPTIVE_ONLY = ("coverage", "tol", "min_ns_steps", "max_ns_steps", "measure_every", "burn_in", "noise_floor")
 
 
-@settings(max_examples=OPTIMIZER, **SETTINGS)
-@given(configuration=st.fixed_dictionaries(ARGUMENTS), matched=st.booleans())
-def test_every_configuration_of_the_optimizer_steps_or_is_refused(workers: Workers, configuration: dict[str, Any], matched: bool) -> None:
+def arguments_of(configuration: dict[str, Any]) -> dict[str, Any]:
     arguments = {name: value for name, value in configuration.items() if value is not None}
-    if matched and arguments.get("ns_steps", "adaptive") != "adaptive":
+    if len(arguments) % 2 and arguments.get("ns_steps", "adaptive") != "adaptive":
         arguments = {name: value for name, value in arguments.items() if name not in ADAPTIVE_ONLY}
-    outcome = workers.try_out("optimizer", arguments)
-    seen["stepped" if outcome == "trained" else "refused by MuonDist"] += 1
+    return arguments
 
 
-def test_both_kinds_were_met() -> None:
-    """Enough configurations were right, and enough were wrong, for the two tests above to say something."""
-    assert sum(seen.values()) == TRAINER + OPTIMIZER, seen
-    assert min(seen["trained"], seen["refused"]) >= TRAINER // 5 and min(seen["stepped"], seen["refused by MuonDist"]) >= OPTIMIZER // 10, (
-        seen
-    )
+@pytest.mark.parametrize("count", [50, pytest.param(400, marks=pytest.mark.more("random"))])
+def test_every_configuration_of_the_optimizer_steps_or_is_refused(count: int, folder: Path) -> None:
+    counts = try_all("optimizer", [arguments_of(each) for each in drawn(st.fixed_dictionaries(ARGUMENTS), count)], folder)
+    assert sum(counts.values()) == count and min(counts["trained"], counts["refused"]) >= count // 10, counts
 
 
 # --------------------------------------------------------------------------------------------------------------- on the ranks
 
 
-def _serve(pipe: Any, rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def try_some(kind: str, configurations: list[Any], folder: str, first: int) -> list[Outcome]:
     os.chdir(folder)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_RANK=str(rank))
     sys.path.insert(0, str(ROOT / "launch"))
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    count = 0
-    while True:
-        kind, configuration = pipe.recv()
-        count += 1
-        try:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as told:
-                try:
-                    (_train if kind == "trainer" else _step)(configuration, count)
-                    outcome = (True, "trained")
-                except ValueError as error:
-                    outcome = (len(str(error)) > 15, str(error))
-                except SystemExit:
-                    outcome = ("error: " in told.getvalue(), told.getvalue())
-        except BaseException:
-            outcome = (False, traceback.format_exc())
-        pipe.send_bytes(pickle.dumps(outcome))
+    result: list[Outcome] = []
+    for count, configuration in enumerate(configurations, first):
+        Path(f"trying-{dist.get_rank()}").write_text(f"{configuration}\n")
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as told:
+            try:
+                (_train if kind == "trainer" else _step)(configuration, count)
+                result.append((True, "trained"))
+            except ValueError as error:
+                result.append((len(str(error)) > 15, str(error)))
+            except SystemExit:
+                result.append(("error: " in told.getvalue(), told.getvalue()))
+            except BaseException:
+                result.append((False, traceback.format_exc()))
+    return result
 
 
-def _train(configuration: dict[str, Any], count: int) -> None:
+def _train(flags: list[str], count: int) -> None:
     import train_gpt
     from options import parse
 
     from muon_dist.run import Ranks, Watchdog
 
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in configuration.items()]
-    options = parse([*words, "--steps=1", "--eval-batches=1", f"--out=out-{count}"])
+    options = parse([*flags, "--steps=1", "--eval-batches=1", f"--out=out-{count}"])
     alone = Ranks(launcher="none", rank=0, world_size=1, local_rank=0, local_world_size=1, master_addr="", master_port=0, source="")
     here = Ranks(**{**alone.__dict__, "rank": dist.get_rank(), "world_size": RANKS, "local_rank": dist.get_rank()})
     with Watchdog(alone, timeout=60) as watchdog, train_gpt.Signals() as signals:

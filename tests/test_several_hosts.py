@@ -14,6 +14,8 @@ import pytest
 
 from .jobs import ROOT, SMALL, losses, wait_for
 
+pytestmark = pytest.mark.more("slow system")
+
 NAME = f"md{os.getpid() % 10_000}"
 HOSTS = [f"{NAME}-{k}" for k in (0, 1)]
 

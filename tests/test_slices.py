@@ -28,14 +28,20 @@ from .test_plan import rows, task
 SHARDED = [case for case in PLACEMENTS if case[0] not in ("replicas", "mixed")]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
-@pytest.mark.parametrize(("placement", "world", "shapes"), SHARDED, ids=lambda v: str(v))
+CASES = [
+    pytest.param(*case, dtype, marks=() if dtype == torch.float64 or k % 3 == 0 else pytest.mark.more("product"))
+    for k, case in enumerate(SHARDED)
+    for dtype in (torch.float64, torch.float32)
+]
+
+
+@pytest.mark.parametrize(("placement", "world", "shapes", "dtype"), CASES, ids=str)
 def test_slices_give_the_update_of_whole_matrices(placement: str, world: int, shapes: str, dtype: torch.dtype) -> None:
     worst = run_ranks(world, updates_against_reference, placement, shapes, dtype, {"bucket_mb": 0.008, "placement": "gram"})
     assert max(worst) <= BOUNDS[dtype]
 
 
-@pytest.mark.parametrize(("placement", "world"), [("rows", 2), ("rows", 4), ("columns", 3)])
+@pytest.mark.parametrize(("placement", "world"), [("rows", 2), pytest.param("rows", 4, marks=pytest.mark.more("repeat")), ("columns", 3)])
 def test_slices_measure_the_whole_spectrum_and_decide_alike(placement: str, world: int) -> None:
     owned = run_ranks(world, run_planted, placement, 20, 11, OPTIONS)
     sliced = run_ranks(world, run_planted, placement, 20, 11, {**OPTIONS, "placement": "gram"})

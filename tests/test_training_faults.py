@@ -21,16 +21,16 @@ from muon_dist.run.lines import read_lines
 
 from .jobs import LOGS, SIZE, SMALL, Job, losses, train, wait_for, whole_state
 
-KILLS = 20
-FLAGS = [*SMALL, "--steps", "120", "--save-every", "4", "--keep", "2"]
 
-
-def test_a_run_whose_ranks_are_killed_twenty_times_is_the_uninterrupted_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.more("kills"))])
+def test_a_run_whose_ranks_are_killed_again_and_again_is_the_uninterrupted_one(kills: int, tmp_path: Path) -> None:
     """Random ranks, at random moments of a step, every second time in the middle of a checkpoint."""
-    train(3, FLAGS, tmp_path / "whole")
+    steps = 20 + 5 * kills
+    flags = [*SMALL, "--steps", str(steps), "--save-every", "4", "--keep", "2"]
+    train(3, flags, tmp_path / "whole")
     out, chance, in_checkpoint, reached = tmp_path / "killed", random.Random(0), 0, 0
-    for k in range(KILLS):
-        job = Job(3, [*FLAGS, "--out", str(out)], tmp_path / f"try-{k}")
+    for k in range(kills):
+        job = Job(3, [*flags, "--out", str(out)], tmp_path / f"try-{k}")
         log = out / "log.jsonl"
         before = log.stat().st_size if log.exists() else 0
         wait_for(lambda log=log, before=before: log.exists() and log.stat().st_size > before)  # it trains
@@ -52,17 +52,20 @@ def test_a_run_whose_ranks_are_killed_twenty_times_is_the_uninterrupted_one(tmp_
         step = 0 if newest is None else newest.step
         assert step >= reached, "a checkpoint was lost"
         reached = step
-    assert in_checkpoint >= 5, "hardly any kill came during a checkpoint: the test does not see what it is about"
-    assert reached < 120, "the run ended before the last kill: give it more steps"
-    train(3, FLAGS, out)
+    assert in_checkpoint >= kills // 4, "hardly any kill came during a checkpoint: the test does not see what it is about"
+    assert reached < steps, "the run ended before the last kill: give it more steps"
+    train(3, flags, out)
     assert losses(out) == losses(tmp_path / "whole")
-    ours, theirs = (whole_state(folder / "checkpoints" / "step-00000120", tmp_path) for folder in (out, tmp_path / "whole"))
+    ours, theirs = (whole_state(folder / "checkpoints" / f"step-{steps:08}", tmp_path) for folder in (out, tmp_path / "whole"))
     assert ours.keys() == theirs.keys() and len(ours) > 40
     for name in ours:
         assert torch.equal(ours[name].nan_to_num(-1.0), theirs[name].nan_to_num(-1.0)), name
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+MORE = pytest.mark.more("repeat")
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=MORE), 2, pytest.param(4, marks=MORE)])
 def test_a_run_resumed_at_another_world_size_is_the_uninterrupted_one_to_fp32_rounding(ranks: int, tmp_path: Path) -> None:
     flags = [*SMALL, "--steps", "12", "--save-every", "6", "--keep", "3"]
     whole, out = tmp_path / "whole", tmp_path / "resumed"
@@ -81,7 +84,7 @@ def test_a_run_resumed_at_another_world_size_is_the_uninterrupted_one_to_fp32_ro
             assert (ours[name] - value).norm() <= 2e-5 * value.norm(), name
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=MORE)])
 def test_a_signal_to_one_rank_saves_and_ends_all_of_them(number: signal.Signals, tmp_path: Path) -> None:
     flags = [*SMALL, "--steps", "2000", "--save-every", "0", "--out", str(tmp_path / "out")]
     job = Job(2, flags, tmp_path / "job")
@@ -232,7 +235,15 @@ ENGINES = {
 }
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("deepspeed stage 1", marks=MORE),
+        "deepspeed stage 3",
+        pytest.param("megatron tp 2", marks=MORE),
+        "megatron distributed optimizer",
+    ],
+)
 def test_runs_in_deepspeed_and_megatron_resume_bit_for_bit_and_at_another_world_size(name: str, tmp_path: Path) -> None:
     engine = ENGINES[name]
     if isinstance(engine, int):

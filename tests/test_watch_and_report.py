@@ -145,6 +145,7 @@ def browser() -> Iterator[Any]:
     window.quit()
 
 
+@pytest.mark.more("slow system")
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("names", [["muon", "adamw"], ["adamw"]])
 def test_the_page_opens_without_errors_and_fits(names: list[str], width: int, runs: Path, browser: Any, tmp_path: Path) -> None:
@@ -172,6 +173,7 @@ def test_the_page_opens_without_errors_and_fits(names: list[str], width: int, ru
         assert browser.execute_script("return document.querySelectorAll('#plans tbody tr').length") == 3
 
 
+@pytest.mark.more("slow system")
 def test_what_a_name_holds_can_not_break_the_page(runs: Path, tmp_path: Path, browser: Any) -> None:
     out = tmp_path / "<b>&amp;"
     shutil.copytree(runs / "adamw", out)

@@ -38,6 +38,8 @@ from .step import GPT2_SMALL_LAYER, on_rank
 from .timing import times_in_turns
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "models"  # of the repository
+# A model of 8 B and one of 70 B parameters, and a mixture of experts of 10¹², each with the parallelism of its jobs
+PARALLEL = {"llama-8b": {"tp": 8}, "llama-70b": {"tp": 8}, "moe-1t": {"tp": 1, "experts_over": 64}}
 SHAPES = list(GPT2_SMALL_LAYER.values()) * 2  # what is measured here: the matrices of two GPT-2 small layers
 SMALL, COUNT = (8, 8), 200  # matrices whose step is all host work
 
@@ -55,6 +57,7 @@ class Job:
 
 def run(
     *,
+    models: list[str],
     ranks: list[int],
     check_ranks: list[int],
     steps: int,
@@ -83,7 +86,7 @@ def run(
     )
     print(f"Measured, on this machine's CPU: {host * 1e6:.1f} µs of Python per piece of a matrix. {steps} Jordan steps, wire in bf16.\n")
     rows, records = [], []
-    for job in jobs():
+    for job in (_job(model, **PARALLEL[model]) for model in models):
         for n in ranks:
             if n % (job.tp * job.experts_over):
                 print(f"{job.name} needs a multiple of {job.tp * job.experts_over} ranks: {n} left out")
@@ -129,11 +132,6 @@ def run(
         },
     )
     return 0
-
-
-def jobs() -> list[Job]:
-    """The jobs that are predicted: a model of 8 B and one of 70 B parameters, and a mixture of experts of 10¹²."""
-    return [_job("llama-8b", tp=8), _job("llama-70b", tp=8), _job("moe-1t", tp=1, experts_over=64)]
 
 
 def _job(model: str, *, tp: int, experts_over: int = 1) -> Job:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sysconfig
 from pathlib import Path
 
@@ -83,8 +84,11 @@ def read_text(path: str | None) -> Tensor:
     else:
         root = Path(sysconfig.get_paths()["stdlib"])
         skip = {"site-packages", "test", "tests", "idlelib", "__pycache__"}
-        files = sorted(f for f in root.rglob("*.py") if not skip.intersection(f.relative_to(root).parts))
-        data = b"".join(f.read_bytes() for f in files)[:TEXT_LIMIT]
+        files: list[Path] = []
+        for folder, inside, names in os.walk(root):
+            inside[:] = [name for name in inside if name not in skip]
+            files += [Path(folder, name) for name in names if name.endswith(".py")]
+        data = b"".join(f.read_bytes() for f in sorted(files))[:TEXT_LIMIT]
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 

@@ -159,6 +159,7 @@ def parser() -> argparse.ArgumentParser:
     megatron.add_argument("--warmup", type=int, default=3, help="steps before (default 3)")
 
     scale = benches.add_parser("scale", help="a step of large models at thousands of ranks, simulated; held against this machine first")
+    scale.add_argument("--models", nargs="+", choices=("llama-8b", "llama-70b", "moe-1t"), default=["llama-8b", "llama-70b", "moe-1t"])
     scale.add_argument("--ranks", type=int, nargs="+", default=[64, 256, 1024, 4096, 16384])
     scale.add_argument("--check-ranks", type=int, nargs="+", default=[1, 2, 4], help="of the steps measured here (default 1 2 4)")
     scale.add_argument("--steps", type=int, default=5, help="Newton–Schulz steps (default 5)")

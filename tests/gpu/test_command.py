@@ -30,7 +30,7 @@ def test_every_part_runs_on_a_cpu_and_tells_its_figures(tmp_path: Path) -> None:
     by_name = {part["name"]: part for part in record["parts"]}
     assert list(by_name) == ["right", "ns", "step", "overhead", "training", "probes"]
     assert {part["state"] for part in record["parts"]} == {"done"}
-    assert by_name["right"]["tests"]["passed"] >= 8 and "failed" not in by_name["right"]["tests"]
+    assert by_name["right"]["tests"]["passed"] >= 6 and "failed" not in by_name["right"]["tests"]
     assert {each["batch"] for each in by_name["ns"]["figures"]["shapes"]} == {1, 2}
     assert "its iteration, batched and compiled" in by_name["ns"]["figures"]["shapes"][0]["seconds"]
     [run] = by_name["step"]["figures"]["runs"]
