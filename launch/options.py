@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -198,9 +199,17 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     given = vars(root.parse_args(words))
     given.pop("config", None), given.pop("local_rank", None)
     try:
-        return completed(given)
+        options = completed(given)
+        _require_host(options)
+        return options
     except ValueError as error:
         root.error(str(error))
+
+
+def _require_host(options: Options) -> None:
+    package = {"deepspeed": "deepspeed", "megatron": "megatron"}.get(options.engine)
+    if package is not None and not options.dry_run and find_spec(package) is None:
+        raise ValueError(f"--engine {options.engine} needs a package that is not installed: pip install 'muon-dist[{options.engine}]'")
 
 
 def _read_toml(path: str, root: argparse.ArgumentParser) -> list[str]:

@@ -33,6 +33,7 @@ class Interpreter:
 
     def __init__(self) -> None:
         self._environment = _environment()
+        self._filters = list(warnings.filters)  # put back, not compared: pytest has its own for every test
         self._seen = self._read()
 
     def _read(self) -> dict[str, Any]:
@@ -40,13 +41,12 @@ class Interpreter:
             "folder": os.getcwd(),
             "path": list(sys.path),
             "default dtype": torch.get_default_dtype(),
-            "default device": torch.get_default_device(),
+            "default device": torch.empty(0).device,
             "threads": torch.get_num_threads(),
             "fp32 precision of products": torch.get_float32_matmul_precision(),
             "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
             "gradients": torch.is_grad_enabled(),
             "function modes": _get_current_function_mode_stack(),
-            "warnings": list(warnings.filters),
             "signals": [signal.getsignal(number) for number in SIGNALS],
         }
 
@@ -58,6 +58,7 @@ class Interpreter:
         return names + sorted(f"environment: {key}" for key in was.keys() | is_now.keys() if was.get(key) != is_now.get(key))
 
     def put_back(self) -> None:
+        warnings.filters[:] = self._filters
         names = self.changed()
         if not names:
             return
@@ -77,7 +78,6 @@ class Interpreter:
         torch.set_grad_enabled(seen["gradients"])
         while len(modes := _get_current_function_mode_stack()) > len(seen["function modes"]):
             modes[-1].__exit__(None, None, None)
-        warnings.filters[:] = seen["warnings"]
         for number, handler in zip(SIGNALS, seen["signals"], strict=True):
             signal.signal(number, handler)
 

@@ -35,4 +35,4 @@ if [ ! -x "$VENV/bin/muon-dist" ] && [ "$(df -Pk "$ROOT" | awk 'NR == 2 { print 
 fi
 prepare_environment megatron-test
 export OMP_NUM_THREADS=1
-exec "$VENV/bin/python" -m pytest tests/test_megatron*.py tests/incidents/test_megatron_*.py "$@"
+exec "$VENV/bin/python" -m pytest -n 2 --dist loadgroup tests/test_megatron*.py tests/incidents/test_megatron_*.py "$@"

@@ -11,7 +11,8 @@ fi
 shift
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 export VENV_NAME=".venv-torch-$version" CONSTRAINTS="$root/.venv-torch-$version.txt"
-sed "s/^torch==.*/torch==$version/; /^triton==/d" "$root/launch/constraints.txt" >"$CONSTRAINTS"
+# Triton comes with its torch; the interpreter of older ones, in which the kernel is tested, needs numpy below 2.4
+sed "s/^torch==.*/torch==$version/; /^triton==/d; s/^numpy==.*/numpy<2.4/" "$root/launch/constraints.txt" >"$CONSTRAINTS"
 source "$root/launch/environment.sh"
 cd "$ROOT"
 prepare_environment core-test

@@ -273,6 +273,15 @@ def test_files_of_flags_that_are_wrong_end_with_one_clear_line(text: str, words:
     assert words in here.refuses("--config", str(tmp_path / "run.toml"), "--dry-run")
 
 
+@pytest.mark.parametrize("engine", ["deepspeed", "megatron"])
+def test_an_engine_whose_framework_is_missing_is_refused(engine: str, here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    import options
+
+    monkeypatch.setattr(options, "find_spec", lambda name: None)
+    flags = ["--deepspeed-config", "configs/deepspeed/zero2.json"] if engine == "deepspeed" else []
+    assert f"pip install 'muon-dist[{engine}]'" in here.refuses("--engine", engine, *flags, "--steps", "1")
+
+
 def test_a_config_of_another_optimizer_is_refused(tmp_path: Path, here: Here) -> None:
     (tmp_path / "sgd.json").write_text(json.dumps({"optimizer": {"type": "SGD"}}))
     told = here.refuses("--engine", "deepspeed", "--deepspeed-config", str(tmp_path / "sgd.json"))

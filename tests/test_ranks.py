@@ -32,7 +32,7 @@ def look() -> dict:
     return {
         "groups": len(dist.distributed_c10d._world.pg_names),
         "dtype": torch.get_default_dtype(),
-        "device": str(torch.get_default_device()),
+        "device": str(torch.empty(0).device),
         "threads": torch.get_num_threads(),
         "precision": torch.get_float32_matmul_precision(),
         "gradients": torch.is_grad_enabled(),
