@@ -53,12 +53,17 @@ class Rank:
 _worlds: dict[int, list[Rank]] = {}
 
 
-def run_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float = 120, fresh: bool = False) -> list[Any]:
     """`function(*args)` on n ranks of one process group; what each returned, by rank. `function` lives in a module.
+
+    `fresh`: in new processes. For runs that are compared bit by bit: where a tensor lies in memory decides how some of the kernels of hosts
+    and of torch round on a CPU, and that depends on what the process has done before.
 
     Raises:
         RuntimeError: with the traceback of every rank that raised, or the ranks that died or didn't end in time.
     """
+    if fresh:
+        end_ranks(n)
     world = _worlds.setdefault(n, [])
     while len(world) < n:
         world.append(Rank())
@@ -95,7 +100,7 @@ def run_ranks(n: int, function: Callable[..., Any], *args: Any, timeout: float =
 def end_ranks(n: int | None = None) -> None:
     """All of them, or those of worlds of n."""
     for size in list(_worlds) if n is None else [n]:
-        for rank in _worlds.pop(size):
+        for rank in _worlds.pop(size, []):
             rank.end()
 
 

@@ -81,8 +81,8 @@ WHERE = [
 @pytest.mark.parametrize(("stage", "dtype", "tp"), WHERE)
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(stage: int, dtype: str, tp: int, tmp_path: Path) -> None:
     for (saved, end), (loaded, again) in zip(
-        run_ranks(2, uninterrupted, stage, dtype, tp, str(tmp_path)),
-        run_ranks(2, resumed, stage, dtype, tp, str(tmp_path), False),
+        run_ranks(2, uninterrupted, stage, dtype, tp, str(tmp_path), fresh=True),
+        run_ranks(2, resumed, stage, dtype, tp, str(tmp_path), False, fresh=True),
         strict=True,
     ):
         assert saved.keys() == loaded.keys() and end.keys() == again.keys()

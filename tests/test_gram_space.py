@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from muon_dist import orthogonalize
-from muon_dist.polar import newton_schulz
+from muon_dist.polar import newton_schulz, restarts
 from muon_dist.polar.cost import flops, flops_of, segments_of
 from muon_dist.polar.polynomials import JORDAN, Schedule, minimax_schedule, schedule_for, widest_schedule
 from muon_dist.polar.products import SymmetricProducts
@@ -113,6 +113,12 @@ def test_the_segments_are_the_cheapest_of_all_that_are_exact_enough(dtype: torch
         exact_enough = [c for c in compositions if how_much_worse(steps, dtype, c) <= WORSE]
         assert sum(map(cost, chosen)) == min(sum(map(cost, c)) for c in exact_enough)
         assert chosen in exact_enough
+
+
+def test_segments_that_are_exact_alone_and_not_together_are_not_taken_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(restarts, "possible_segments", lambda steps, dtype: {(0, 2): 1.1, (2, 2): 1.3})
+    monkeypatch.setattr(restarts, "how_much_worse", lambda steps, dtype, segments: 99.0 if segments == (2, 2, 1) else 1.0)
+    assert best_segments((JORDAN,) * 5, torch.float32, lambda n: 10.0 + n) == (2, 1, 1, 1)  # the one that is worse alone is let go
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

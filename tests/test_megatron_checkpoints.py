@@ -116,7 +116,7 @@ SAME = [
     pytest.param(2, FLAT, "fully_reshardable", marks=MORE),
     (2, FLAT, "dp_reshardable"),
     pytest.param(4, dataclasses.replace(FLAT, tp=2, dtype="bf16"), "fully_reshardable", marks=MORE),
-    (2, Setup(tp=2), "plain"),
+    pytest.param(2, Setup(tp=2), "plain", marks=MORE),
     (2, dataclasses.replace(FLAT, dtype="bf16"), "plain"),
     (2, Setup(pp=2, micro_batches=2, dtype="bf16"), ""),
     pytest.param(2, Setup(ep=2, experts=4), "", marks=MORE),
@@ -127,8 +127,8 @@ SAME = [
 @pytest.mark.parametrize(("ranks", "setup", "form"), SAME)
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(ranks: int, setup: Setup, form: str, tmp_path: Path) -> None:
     for (saved, end), (loaded, again) in zip(
-        run_ranks(ranks, uninterrupted, setup, form, str(tmp_path)),
-        run_ranks(ranks, resumed, setup, form, str(tmp_path)),
+        run_ranks(ranks, uninterrupted, setup, form, str(tmp_path), fresh=True),
+        run_ranks(ranks, resumed, setup, form, str(tmp_path), fresh=True),
         strict=True,
     ):
         assert float(saved["step"]) == SAVED_STEPS and float(end["step"]) == SAVED_STEPS + MORE_STEPS
