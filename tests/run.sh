@@ -22,5 +22,15 @@ case "${1:-}" in
     ;;
 esac
 "$VENV/bin/python" -m ruff check .
-"$VENV/bin/python" -m mypy
-exec "${pytest[@]}" "$@"
+found="$(mktemp)" # by mypy, which runs beside the tests
+trap 'rm -f "$found"' EXIT
+"$VENV/bin/python" -m mypy >"$found" 2>&1 &
+types=$!
+status=0
+"${pytest[@]}" "$@" || status=$?
+wait "$types" || {
+    status=1
+    echo "types are wrong:"
+    cat "$found"
+}
+exit "$status"

@@ -139,6 +139,7 @@ def test_torchrun_starts_all_ranks_again_after_one_is_killed(command: list[str],
     assert sorted(losses(out)) == list(range(1, 61))
 
 
+@pytest.mark.more("repeat")
 def test_a_signal_to_torchrun_saves(tmp_path: Path) -> None:
     out = tmp_path / "out"
     job = Running(script("torchrun.sh"), out, "--steps", "5000", "--save-every", "0", steps=3)
@@ -164,7 +165,7 @@ def test_an_mpi_rank_whose_environment_is_set_in_part_ends_all_of_them() -> None
 @pytest.mark.parametrize(
     ("command", "launcher"),
     [
-        (["torchrun", "--standalone", "--nproc_per_node", "3", "--no-python"], "torchrun"),
+        pytest.param(["torchrun", "--standalone", "--nproc_per_node", "3", "--no-python"], "torchrun", marks=MORE),
         (["mpiexec", "-n", "2"], "mpi"),
     ],
 )
@@ -201,6 +202,7 @@ def test_flags_come_from_a_file_and_the_command_line_overrides_them(tmp_path: Pa
     assert (options["steps"], options["layers"], options["lr"]) == (2, 2, 0.01)
 
 
+@pytest.mark.more("repeat")
 def test_a_dry_run_prints_the_plan_of_all_ranks() -> None:
     done = launch(script("torchrun.sh"), *SIZE, "--dry-run", "--distributed-optimizer", "--engine", "megatron", NPROC="2", MAX_RESTARTS="0")
     assert done.returncode == 0, done.stdout + done.stderr

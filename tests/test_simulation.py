@@ -86,7 +86,8 @@ def test_experts_are_spread_and_a_mixture_counts_its_active_parameters() -> None
     assert timeline.newton_schulz > 1 and even <= 1.15  # every rank has 6 whole experts of 60 layers
 
 
-@pytest.mark.parametrize("models", [["llama-8b", "llama-70b"], pytest.param(["llama-8b", "moe-1t"], marks=pytest.mark.more("repeat"))])
+@pytest.mark.more("timing")
+@pytest.mark.parametrize("models", [["llama-8b", "llama-70b"], ["llama-8b", "moe-1t"]])
 def test_the_command_measures_here_before_it_predicts(models: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, picture = tmp_path / "scale.json", tmp_path / "p.png"
     sizes = ["--ranks", "64", "100", "--check-ranks", "1", "2", "--rounds", "1", "--json", str(out)]

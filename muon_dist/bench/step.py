@@ -131,10 +131,10 @@ def run(
 
 def _made_of(record: dict[str, Any]) -> str:
     """What the figures of one number of ranks say beside the ratios."""
-    median, parts = record["median_seconds"], record["parts"]
-    shares = ", ".join(f"{name} {value / parts['all']:.0%}" for name, value in parts.items() if name != "all")
+    median, made = record["median_seconds"], record["parts"]
+    shares = ", ".join(f"{name} {value / made['all']:.0%}" for name, value in made.items() if name != "all")
     ranks = "1 rank" if record["ranks"] == 1 else f"{record['ranks']} ranks"
-    lines = [f"\n{ranks}, five steps, of one step's {parts['all']:.1f} ms: {shares}"]
+    lines = [f"\n{ranks}, five steps, of one step's {made['all']:.1f} ms: {shares}"]
     host = statistics.median(record["host_seconds"])
     lines.append(f"the host is done with a step after {host * 1e3:.1f} ms; all of it takes {median[FIVE] * 1e3:.1f} ms")
     if ADAMW in median:
