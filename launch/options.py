@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -215,9 +216,9 @@ def _require_host(options: Options) -> None:
 def _read_toml(path: str, root: argparse.ArgumentParser) -> list[str]:
     """A TOML file as command-line words. Flags stand at the top or in tables named like the groups of the help: run, model, data, …"""
     try:
-        import tomllib
+        tomllib = import_module("tomllib" if find_spec("tomllib") else "tomli")
     except ModuleNotFoundError as error:
-        raise ValueError("--config needs Python 3.11 or newer, which reads TOML") from error
+        raise ValueError("--config needs Python 3.11 or newer, which reads TOML, or: pip install tomli") from error
     try:
         content = tomllib.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
