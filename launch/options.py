@@ -208,8 +208,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
 
 
 def _require_host(options: Options) -> None:
-    package = {"deepspeed": "deepspeed", "megatron": "megatron"}.get(options.engine)
-    if package is not None and not options.dry_run and find_spec(package) is None:
+    if options.engine != "torch" and not options.dry_run and find_spec(options.engine) is None:  # packages have the engines' names
         raise ValueError(f"--engine {options.engine} needs a package that is not installed: pip install 'muon-dist[{options.engine}]'")
 
 

@@ -110,8 +110,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """What a worker of pytest-xdist left out: each of them collects all tests."""
-    _left_out.update({reason: count - _left_out[reason] for reason, count in node.workeroutput.get("left_out", {}).items()})
+    """What a worker of pytest-xdist left out: each of them collects all tests. One that crashed tells nothing."""
+    told = getattr(node, "workeroutput", {}).get("left_out", {})
+    _left_out.update({reason: count - _left_out[reason] for reason, count in told.items()})
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
