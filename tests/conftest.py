@@ -57,6 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", f"more(reason): runs with --all only; reason is one of {', '.join(MORE)}")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is marked `more`, unless it was asked for with --all or by its name."""
     named = any("::" in argument for argument in config.args)

@@ -50,6 +50,7 @@ class Cluster:
         host, ports = socket.gethostname().split(".")[0], [free_port() for _ in range(len(self.nodes) + 1)]
         lines = [
             "ClusterName=tests",
+            f"FirstJobId={secrets.randbelow(10_000) + 1}",  # a job's port follows from its number: two clusters on a machine don't meet
             f"SlurmctldHost={host}(127.0.0.1)",
             f"SlurmctldPort={ports[0]}",
             "AuthType=auth/munge",
