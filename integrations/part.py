@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 import muon_dist
+from muon_dist.agreement import Agreement, agree_after_host
 from muon_dist.binding import BoundParameter
 from muon_dist.groups import GROUP_KEYS, STRUCTURE, PlanOptions
 from muon_dist.polar.polynomials import Schedule
@@ -64,10 +65,15 @@ class _Steps(muon_dist.MuonDist):
 
     verdict: Tensor | None = None  # a bool, where the host's tensors are
 
-    def _agree_on_gradients(self, grads: dict[BoundParameter, Tensor | None]) -> dict[BoundParameter, Tensor]:
+    def _agreement(self, grads: dict[BoundParameter, Tensor | None], what: str) -> Agreement:
         if self.verdict is None:
-            return super()._agree_on_gradients(grads)
-        return dict.fromkeys(grads, self.verdict)
+            return super()._agreement(grads, what)
+        return agree_after_host(self._domains, grads, self.verdict, what)
+
+    def _meet(self) -> None:
+        """Ranks that hold nothing of this part don't come."""
+        if self.verdict is None:
+            super()._meet()
 
     def _agree_on_flag_group(self) -> ProcessGroup | None:
         """Nothing to agree on where the host decides; ranks that hold nothing of this part don't come, and would be waited for."""

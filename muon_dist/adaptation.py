@@ -43,16 +43,23 @@ def attach_controllers(
     adaptive = [(b, policy) for b in parameters if b.muon and (policy := policy_of(b.group)) is not None]
     depths = relative_depths([*(b.name for b, _ in adaptive), *all_names])
     for (b, policy), depth in zip(adaptive, depths, strict=False):  # the depths of other names are left over
-        b.depth, count = depth, len(b.matrices)
-        rows = state[b.parameter].get("spectrum")
-        if rows is None or tuple(rows.shape) != (count, ROW_WIDTH):
-            rows = state[b.parameter]["spectrum"] = blank_rows(count)
-        b.controllers = []
-        for part, matrix in enumerate(b.matrices):
-            rank = min(matrix.shape)
-            if rows[part, STEPS].isnan():
-                rows[part].copy_(torch.from_numpy(Controller.new_row(policy.prior(b.name, part, count, depth, rank))))
-            b.controllers.append(Controller(policy, rank, rows[part].numpy()))
+        b.depth = depth
+        b.controllers = [Controller(policy, min(matrix.shape), blank_rows(1)[0].numpy()) for matrix in b.matrices]
+        if b.matrices:  # a frozen parameter keeps what was measured
+            attach_rows(b, state[b.parameter])
+
+
+def attach_rows(b: BoundParameter, entry: dict[str, Tensor]) -> None:
+    """Let a parameter's controllers work on `entry["spectrum"]`, which a host may have moved or replaced; blank rows begin with the prior."""
+    given, count = entry.get("spectrum"), len(b.matrices)
+    if given is None or tuple(given.shape) != (count, ROW_WIDTH):
+        given = blank_rows(count)
+    b.rows = entry["spectrum"] = rows = given.detach().to("cpu", torch.float64).contiguous()
+    for part, controller in enumerate(b.controllers):
+        if rows[part, STEPS].isnan():
+            prior = controller.policy.prior(b.name, part, count, b.depth, controller.rank)
+            rows[part].copy_(torch.from_numpy(Controller.new_row(prior)))
+        controller.row = rows[part].numpy()
 
 
 class Adaptation:

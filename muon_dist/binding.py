@@ -6,10 +6,8 @@ each domain's plan, and compares it among the ranks, with a timeout: a differenc
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -19,12 +17,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .adaptation import Adaptation, attach_controllers
-from .groups import POLICY_KEYS, PlanOptions, fixed_schedule
+from .comparison import all_gather_rows, compare_plans
+from .groups import PlanOptions, fixed_schedule
 from .polar.cost import flops_of, form_name, segments_of, sliced_flops_of, workspace_bytes
 from .polar.matrix_view import Matrix, matrices_of
 from .polar.newton_schulz import default_compute_dtype, dtype_named
 from .polar.polynomials import Schedule
 from .polar.products import SymmetricProducts
+from .rendezvous import meet
 from .routing import Route
 from .sharding.exchange import BucketRoute, Exchange, route_bucket
 from .sharding.layout import (
@@ -34,6 +34,7 @@ from .sharding.layout import (
     box_shape,
     dtensor_fragments,
     fragment_numel,
+    local_tensor,
     whole,
 )
 from .sharding.owners import EVEN_ENOUGH
@@ -41,14 +42,6 @@ from .sharding.plan import Plan, make_plan
 from .sharding.tasks import MatrixTask, SlicedCost
 from .spectrum.controller import Controller
 
-# Hyperparameters that the ranks of a domain must share: owners use theirs, holders their own.
-COMPARED = ("lr", "weight_decay", "momentum", "nesterov", "adjust_lr_fn", "extra_scale_factor", "betas", "eps")
-TIMEOUT = timedelta(seconds=60)  # how long a rank waits for the others at binding, before it says that they don't agree
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank stores, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass(eq=False, kw_only=True)
@@ -67,6 +60,7 @@ class BoundParameter:
     matrices: tuple[Matrix, ...] = ()
     fixed: Schedule | None = None  # of all its matrices, where step counts don't adapt
     controllers: list[Controller] = field(default_factory=list)  # one per matrix, where they do
+    rows: Tensor | None = None  # what the controllers work on: the state's "spectrum"
     depth: float = 1.0  # relative, of its block in the model; for controllers and what they report
     compute_dtype: torch.dtype = torch.float32
     wire_dtype: torch.dtype = torch.float32
@@ -110,10 +104,13 @@ class Domain:
     first_bucket: list[list[int]] = field(default_factory=list)  # parameters whose first matrix travels in a bucket
     last_bucket: list[list[int]] = field(default_factory=list)
     adaptation: Adaptation = field(init=False)
+    left_out: Tensor = field(init=False)  # updates of this rank's matrices that were no polar factors, and that others don't know of
+    iteration: Tensor = field(init=False)  # how often gradients were reset since binding; beyond COUNTED from 0 again
     _flags: tuple[list[bool], Tensor] = field(default_factory=lambda: ([], torch.empty(0, device="cpu")))  # the last that were asked for
 
     def __post_init__(self) -> None:
         self.adaptation = Adaptation(self)
+        self.left_out, self.iteration = torch.zeros(2, dtype=torch.int32, device=self.device).unbind()
 
     def owns(self, bound: BoundParameter) -> bool:
         """Whether this rank keeps the momentum of a parameter: its owner does where replicas could, every holder elsewhere."""
@@ -122,9 +119,9 @@ class Domain:
         return self.owner_of(bound) == self.me
 
     def flags(self, present: list[bool]) -> Tensor:
-        """[0, *present] in int32 on the device, a new tensor. They seldom change, and a copy from the host would make it wait."""
+        """Four zeros and `present`, in int32 on the device, a new tensor. They seldom change, and a copy from the host would make it wait."""
         if self._flags[0] != present:
-            self._flags = (present, torch.tensor([0, *present], dtype=torch.int32, device=self.device))
+            self._flags = (present, torch.tensor([0, 0, 0, 0, *present], dtype=torch.int32, device=self.device))
         return self._flags[1].clone()
 
     def reading(self, tensors: Mapping[BoundParameter, Tensor]) -> Callable[[int], Tensor]:
@@ -175,7 +172,7 @@ def bind_domains(
                 "a bad gradient could then skip the step on some of its ranks only. Pass a process_group that covers all of them, and "
                 "layouts for plain tensors that are replicas over fewer"
             )
-        _compare_plans(domain)
+        compare_plans(domain)
     return domains
 
 
@@ -212,7 +209,8 @@ def _bind_parameter(
     )
     if bound.muon:
         assert route.view is not None  # a route to Muon has a view
-        bound.matrices = matrices_of(shape, route.view, name)
+        if p.requires_grad:  # one that is frozen for now keeps its state, and nothing of it travels
+            bound.matrices = matrices_of(shape, route.view, name)
         bound.fixed = fixed_schedule(group)
         compute = dtype_named(group["compute_dtype"], "compute_dtype") or default_compute_dtype(device, local.dtype)
         # fp16 can't carry momentum of any size, only what has been normalised
@@ -370,6 +368,7 @@ def _group_of(
     if ranks == _ranks_of(None):
         return dist.group.WORLD
     if ranks not in groups:
+        meet(ranks)
         groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
     return groups[ranks]
 
@@ -392,6 +391,7 @@ def _exchange_layouts(
         group = layout.group if layout.group is not None else process_group
         ranks = _ranks_of(group)
         if layout.replicas is not None:
+            meet(dist.get_process_group_ranks(layout.replicas))
             gathered: list[Any] = [None] * dist.get_world_size(layout.replicas)
             dist.all_gather_object(gathered, ranks, group=layout.replicas)
             ranks = tuple(sorted({r for other in gathered for r in other}))
@@ -407,6 +407,7 @@ def _exchange_layouts(
         everyone: list[Any] = [mine]
         if group is not None:
             everyone = [None] * len(ranks)
+            meet(ranks)
             dist.all_gather_object(everyone, mine, group=group)
         for rank, theirs in zip(ranks, everyone, strict=True):
             for name, (_, _, problem) in theirs.items():
@@ -422,75 +423,3 @@ def _exchange_layouts(
         for name, (shape, _, _) in mine.items():
             result[name] = (shape, ranks, tuple(theirs[name][1] for theirs in everyone), group)
     return result
-
-
-def _compare_plans(domain: Domain) -> None:
-    """Compare the plan, the hyperparameters that owners use, and what replicas hold; raise on every rank if they differ."""
-    if domain.process_group is None:
-        return
-    lines = [
-        f"{b.name or b.position}: {b.route.algorithm} {b.placement.shape} {b.parameter.dtype} "
-        f"{[b.group.get(k) for k in (*COMPARED, *sorted(POLICY_KEYS))]}"
-        for b in domain.parameters
-    ]
-    digest = hashlib.sha256("\n".join([domain.plan.digest(), *lines]).encode()).digest()
-    digests = all_gather_rows(torch.tensor(list(digest), dtype=torch.int64, device="cpu"), domain)
-    if (digests != digests[0]).any():
-        everyone: list[Any] = [None] * len(domain.ranks)
-        dist.all_gather_object(everyone, lines, group=domain.process_group)
-        raise ValueError(f"the ranks {list(domain.ranks)} don't agree on what they train: {_first_difference(domain, everyone)}")
-    mine = torch.stack([checksum(b.local) for b in domain.parameters]).cpu()
-    sums = all_gather_rows(mine, domain)
-    for position, b in enumerate(domain.parameters):
-        first: dict[Fragment, int] = {}
-        for rank, fragment in enumerate(b.placement.fragments):
-            twin = first.setdefault(fragment, rank)
-            if fragment and sums[rank, position] != sums[twin, position]:
-                raise ValueError(
-                    f"replicas differ: {b.name or f'parameter {position}'} has other values on rank {domain.ranks[rank]} than on rank "
-                    f"{domain.ranks[twin]}, though both hold the same piece. Broadcast the model from one rank before the first step"
-                )
-
-
-def _first_difference(domain: Domain, everyone: Sequence[Sequence[str]]) -> str:
-    for rank, lines in zip(domain.ranks, everyone, strict=True):
-        for ours, theirs in zip(everyone[0], lines, strict=False):
-            if ours != theirs:
-                return f"rank {domain.ranks[0]} has {ours!r} where rank {rank} has {theirs!r}"
-        if len(lines) != len(everyone[0]):
-            return f"rank {domain.ranks[0]} has {len(everyone[0])} parameters, rank {rank} has {len(lines)}"
-    return "their layouts, polynomials, dtypes or bucket sizes differ"
-
-
-def all_gather_rows(row: Tensor, domain: Domain) -> Tensor:
-    """Every rank's row, (ranks, len(row)), on the CPU; raises where a rank doesn't answer in time."""
-    if domain.process_group is None:
-        return row.unsqueeze(0).cpu()
-    row = row.to(domain.device)
-    rows = [torch.empty_like(row) for _ in domain.ranks]
-    wait_in_time(dist.all_gather(rows, row, group=domain.process_group, async_op=True), domain.ranks)
-    return torch.stack(rows).cpu()
-
-
-def wait_in_time(work: dist.Work | None, ranks: Sequence[int]) -> None:
-    """Wait for a collective of binding, and say who is missing from what where it doesn't end."""
-    assert work is not None  # this rank is in the group
-    try:
-        work.wait(TIMEOUT)
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"not all of the ranks {list(ranks)} came to bind the optimizer within {TIMEOUT.seconds} s: check that all of them "
-            "build it with the same parameters, take the same steps, and that process_group names them if others don't take part"
-        ) from error
-
-
-def checksum(tensor: Tensor) -> Tensor:
-    """An int64 that differs, all but surely, where two tensors differ in any bit or in the order of their elements."""
-    bits = tensor.detach().reshape(-1).view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    chunk = 1 << 22
-    for start in range(0, bits.numel(), chunk):
-        part = bits[start : start + chunk].to(torch.int64)
-        weights = torch.arange(start, start + part.numel(), device=tensor.device).mul_(2 * 2_654_435_761).add_(1)  # odd
-        total += (part * weights).sum()
-    return total

@@ -15,12 +15,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.optim.adamw import adamw
 
-from .binding import BoundParameter, local_tensor
+from .binding import BoundParameter
+from .sharding.layout import local_tensor
 
 
 def local_gradient(bound: BoundParameter) -> Tensor | None:
     """This rank's part of a gradient, checked against its parameter."""
-    grad = bound.parameter.grad
+    grad = bound.parameter.grad if bound.parameter.requires_grad else None
     if grad is None:
         return None
     if grad.is_sparse:

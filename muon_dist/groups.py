@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import numbers
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,8 +16,8 @@ from torch import Tensor
 
 from .polar.matrix_view import MatrixView, matrices_of
 from .polar.newton_schulz import dtype_named
-from .polar.polynomials import JORDAN, Schedule, schedule_for
-from .polar.products import SymmetricProducts, check_kernels
+from .polar.polynomials import Schedule, schedule_for
+from .polar.products import SymmetricProducts, check_kernels, products_on
 from .polar.scaling import update_scale
 from .routing import ALGORITHMS, Route, refuse_flattened, route_parameter
 from .sharding.layout import ShardLayout
@@ -33,6 +35,21 @@ MUON_KEYS = frozenset(
 )
 ADAMW_KEYS = frozenset({"lr", "weight_decay", "betas", "eps"})
 GROUP_KEYS = {"muon": STRUCTURE | MUON_KEYS, "adamw": STRUCTURE - {"kind", "split", "transpose"} | ADAMW_KEYS}
+# What other libraries call a group's keys
+MISNOMERS = {
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "decay": "weight_decay",
+    "steps": "ns_steps",
+    "num_ns_steps": "ns_steps",
+    "epsilon": "eps",
+    "beta": "momentum",
+    "mu": "momentum",
+    "use_muon": "algorithm",
+    "adam_betas": "betas",
+    "adam_eps": "eps",
+}
+NOT_OF_GROUPS = frozenset({"process_group", "layouts", "nonfinite", "telemetry_dir", "telemetry_sinks", "amsgrad", "maximize"})
 SCHEDULER_KEYS = frozenset({"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"})  # written by LR schedulers
 
 
@@ -81,12 +98,13 @@ def _read_group(group: Mapping[str, Any], defaults: Mapping[str, Any], layouts: 
             raise ValueError(f"{name or f'parameter {k}'} is complex, which MuonDist does not take; use its real view")
         named.append((name or (group.get("param_names") or [""] * len(members))[k], p))
     refuse_flattened(named)
+    refuse_duplicates(name for name, _ in named)
 
     algorithm = group.get("algorithm")
     if algorithm is not None and algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm={algorithm!r}: choose 'muon' or 'adamw'")
     options = {k: v for k, v in group.items() if k not in ("params", "param_names", "algorithm", "reasons")}
-    _refuse_unknown(set(options), {algorithm} if algorithm else set(ALGORITHMS))
+    _refuse_unknown(set(options), {algorithm} if algorithm else set(ALGORITHMS), defaults)
     reasons = group.get("reasons")
     parts: dict[tuple[str, MatrixView | None], dict[str, Any]] = {}
     if not named and algorithm is not None:  # an empty group stays, so that schedulers find as many as were given
@@ -102,17 +120,19 @@ def _read_group(group: Mapping[str, Any], defaults: Mapping[str, Any], layouts: 
         part = parts.setdefault((route.algorithm, route.view), {"params": [], "reasons": []})
         part["params"].append((name, p) if name else p)
         part["reasons"].append(reasons[k] if reasons else route.reason)
-    _refuse_unknown(set(options), {algorithm for algorithm, _ in parts})
+    _refuse_unknown(set(options), {algorithm for algorithm, _ in parts}, defaults)
     return [_complete(part, *key, options, defaults) for key, part in parts.items()]
 
 
-def _refuse_unknown(keys: set[str], algorithms: set[str]) -> None:
+def _refuse_unknown(keys: set[str], algorithms: set[str], arguments: Iterable[str]) -> None:
+    """Raise for keys that mean something elsewhere, or are all but one that is known; others are a user's own, and are kept."""
     known = set().union(*(GROUP_KEYS[a] for a in algorithms)) - {"params", "param_names", "algorithm", "reasons"}
-    unknown = keys - known - SCHEDULER_KEYS
-    if unknown:
-        raise ValueError(
-            f"a parameter group for {' and '.join(sorted(algorithms))} does not take {sorted(unknown)}; it takes {sorted(known)}"
-        )
+    elsewhere = set().union(*GROUP_KEYS.values(), PLAN_KEYS, arguments, NOT_OF_GROUPS)
+    for key in sorted(keys - known - SCHEDULER_KEYS):
+        meant = MISNOMERS.get(key) or next(iter(difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.8)), None)
+        if key in elsewhere or meant is not None:
+            hint = f"did you mean {meant!r}?" if meant is not None else f"it takes {sorted(known)}"
+            raise ValueError(f"a parameter group for {' and '.join(sorted(algorithms))} does not take {key!r}: {hint}")
 
 
 def _plain(asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,12 +156,38 @@ def _complete(
         complete.update(
             weight_decay=defaults["weight_decay"] if decay is None else decay, betas=defaults["adam_betas"], eps=defaults["adam_eps"]
         )
-    complete.update({k: v for k, v in options.items() if k in (GROUP_KEYS[algorithm] | SCHEDULER_KEYS) - {"kind", "split", "transpose"}})
+    complete.update({k: v for k, v in options.items() if k not in ("kind", "split", "transpose")})
     if isinstance(complete["lr"], Tensor):  # a scheduler writes into it, for each group by itself
         complete["lr"] = complete["lr"].clone()
     if algorithm == "adamw":
         complete["betas"] = tuple(complete["betas"]) if isinstance(complete["betas"], Sequence) else complete["betas"]
     return complete
+
+
+def refuse_duplicates(names: Iterable[str]) -> None:
+    """Raise where a name stands for two parameters; "" is no name."""
+    twice = [name for name, count in Counter(names).items() if name and count > 1]
+    if twice:
+        raise ValueError(f"several parameters are called {twice[0]!r}: names tell parameters apart on all ranks, give each its own")
+
+
+def align_group(group: dict[str, Any], known: Mapping[Tensor, tuple[str, str]]) -> None:
+    """Bring a group's names and reasons in step with its "params", which a user may edit and a host may replace.
+
+    `known` has the names and reasons of parameters that were seen before. Others take over the place of the one they replace.
+    """
+    members, names, reasons = group["params"], list(group.get("param_names") or ()), list(group["reasons"])
+    told = [known.get(p) for p in members]
+    if len(members) == len(reasons) and all(t is None or t == (*(names[k : k + 1] or [""]), reasons[k]) for k, t in enumerate(told)):
+        return
+    named = names if len(names) == len(members) else [""] * len(members)
+    because = reasons if len(reasons) == len(members) else ["added to its group"] * len(members)
+    pairs = [(named[k], because[k]) if t is None else t for k, t in enumerate(told)]
+    taken = Counter(t[0] for t in told if t is not None)
+    pairs = [("", reason) if t is None and taken[name] else (name, reason) for t, (name, reason) in zip(told, pairs, strict=True)]
+    group["reasons"] = [reason for _, reason in pairs]
+    if "param_names" in group:
+        group["param_names"] = [name for name, _ in pairs]
 
 
 def group_routes(group: Mapping[str, Any]) -> list[tuple[Route, Tensor]]:
@@ -186,8 +232,7 @@ class PlanOptions:
         Raises:
             ValueError: not as asked for.
         """
-        check_kernels(self.symmetric_kernels, device_type)
-        return SymmetricProducts(device_type, self.symmetric_kernels)
+        return products_on(device_type, self.symmetric_kernels)
 
 
 PLAN_KEYS = tuple(field.name for field in fields(PlanOptions))
@@ -248,38 +293,3 @@ def fixed_schedule(group: Mapping[str, Any]) -> Schedule | None:
         return None
     schedule = schedule_for("jordan" if group["polynomial"] is None else group["polynomial"], group["ns_steps"])
     return dataclasses.replace(schedule, deflation=group["deflation"])
-
-
-def translate_state_groups(state_dict: Mapping[str, Any], current: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A state dict with complete groups, from this optimizer's or from `torch.optim.Muon`'s and `torch.optim.AdamW`'s.
-
-    Hyperparameters come from the state dict, the structure of the groups from the current optimizer.
-
-    Raises:
-        ValueError: another number of groups, another algorithm, or an option of another optimizer that can't be honoured.
-    """
-    saved_groups = state_dict["param_groups"]
-    if len(saved_groups) != len(current):
-        raise ValueError(
-            f"the state dict has {len(saved_groups)} parameter groups, this optimizer {len(current)}: build it with the same groups"
-        )
-    groups = []
-    for k, (saved, own) in enumerate(zip(saved_groups, current, strict=True)):
-        saved = dict(saved)
-        if saved.get("algorithm", own["algorithm"]) != own["algorithm"]:
-            raise ValueError(f"group {k} was saved for {saved['algorithm']!r}, but this optimizer gives it to {own['algorithm']!r}")
-        if "ns_coefficients" in saved:  # torch.optim.Muon
-            triple = tuple(saved.pop("ns_coefficients"))
-            saved["polynomial"] = "jordan" if triple == JORDAN else triple
-        for key in ("amsgrad", "maximize"):
-            if saved.pop(key, False):
-                raise ValueError(f"group {k} was saved with {key}=True, which MuonDist does not have")
-        for key in ("foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"):
-            saved.pop(key, None)
-        if (
-            own["algorithm"] == "muon" and saved.get("ns_steps", own["ns_steps"]) != "adaptive"
-        ):  # what only adaptive steps take was saved, or isn't there
-            own = {**own, **dict.fromkeys(POLICY_KEYS & set(own))}
-        structure = {key: own[key] for key in STRUCTURE - {"params"} if key in own}
-        groups.append({**own, **saved, **structure, "params": saved["params"]})
-    return {**state_dict, "param_groups": groups}

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .polar.matrix_view import Matrix, MatrixView, matrices_of
+from .polar.products import own_products
 from .sharding.exchange import local_view
 from .sharding.layout import Fragment, Placement, ShardLayout, box_shape, dtensor_fragments, whole
 from .spectrum.bidiagonal import ITERATIONS, QuantileEstimate, RowShard, golub_kahan_quantiles
@@ -133,10 +134,12 @@ def _shard(name: str, placement: Placement, matrix: Matrix, local: Tensor, me: i
     stack = torch.cat([blocks[first].to(dtype) for first in sorted(blocks)]) if blocks else local.new_zeros(0, cols, dtype=dtype)
 
     def forward(v: Tensor) -> Tensor:
-        return (stack @ v.to(dtype)).double()
+        with own_products(stack.device.type, exact=True):
+            return (stack @ v.to(dtype)).double()
 
     def backward(u: Tensor) -> Tensor:
-        return (stack.mT @ u.to(dtype)).double()
+        with own_products(stack.device.type, exact=True):
+            return (stack.mT @ u.to(dtype)).double()
 
     energy = float(torch.linalg.vector_norm(stack, dtype=torch.float64) ** 2)
     return RowShard(name, rows, cols, held, forward, backward, energy, local.device)

@@ -12,14 +12,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
+from torch.utils.weak import WeakIdKeyDictionary
 
-from .adaptation import blank_rows
-from .agreement import agree_on_gradients
-from .binding import BoundParameter, Domain, all_gather_rows, bind_domains, rebalanced, wait_in_time
+from .adaptation import attach_rows, blank_rows
+from .agreement import COUNTED, Agreement, Lagged, agree_on_gradients
+from .binding import BoundParameter, Domain, bind_domains, rebalanced
+from .comparison import all_gather_rows, compare_state
 from .elementwise import local_gradient
-from .groups import GROUP_KEYS, POLICY_KEYS, PlanOptions, check_group, group_routes, policy_of, read_groups, translate_state_groups
+from .groups import (
+    GROUP_KEYS,
+    POLICY_KEYS,
+    PlanOptions,
+    align_group,
+    check_group,
+    group_routes,
+    policy_of,
+    read_groups,
+    refuse_duplicates,
+)
+from .loading import translate_state
 from .polar.matrix_view import matrices_of
 from .polar.polynomials import Polynomial, Schedule
+from .polar.products import fp32_precision
+from .rendezvous import meet, told, wait_in_time
 from .routing import Route
 from .sharding.layout import ShardLayout
 from .sharding.plan import Plan
@@ -40,6 +55,9 @@ REBIND_KEYS = (
     "transpose",
     *sorted(POLICY_KEYS),
 )
+
+
+_MUON_STATE, _ADAMW_STATE = frozenset({"momentum_buffer"}), frozenset({"step", "exp_avg", "exp_avg_sq"})
 
 
 class MuonDist(torch.optim.Optimizer):
@@ -92,6 +110,9 @@ class MuonDist(torch.optim.Optimizer):
     Raises:
         ValueError: an invalid hyperparameter, a parameter that can't be routed, or a placement that can't be supported.
     """
+
+    # torch.amp.GradScaler then calls step() on every rank, where all of them decide alike, and sets grad_scale and found_inf before
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -177,6 +198,7 @@ class MuonDist(torch.optim.Optimizer):
     def _start_unbound(self, process_group: dist.ProcessGroup | None, layouts: dict[str, ShardLayout]) -> None:
         self._process_group = process_group
         self._layouts = layouts
+        self._world: Any = None  # that of the last binding
         # what a host tells of the model where this optimizer has only some of its parameters
         self._all_names: Sequence[str] = ()
         self._model_numel = 0
@@ -187,6 +209,11 @@ class MuonDist(torch.optim.Optimizer):
         self._detached = False  # unpickled without the process group or the layouts that it had
         self._has_copies = False  # ranks hold momentum that another owns: after binding, consolidate() or load_state_dict()
         self._skipped: Tensor | None = None
+        self._left_out: Tensor | None = None
+        self._iterations = 0  # since binding, for a message
+        self._steps = 0
+        self._apart = Lagged()
+        self._known = WeakIdKeyDictionary()  # parameter -> (name, reason)
 
     # ---------------------------------------------------------------------------------------------------------- groups
 
@@ -198,23 +225,36 @@ class MuonDist(torch.optim.Optimizer):
             added = self.param_groups[-1]
             for key in set(added) & set(self.defaults) - GROUP_KEYS[added["algorithm"]]:  # the base class fills in every default
                 del added[key]
-            for route, p in group_routes(added):
+            for route, p in self._routed(added):
                 if p.requires_grad:
                     self._declare_state(route, p, added)
 
     def _declare_state(self, route: Route, p: Tensor, group: Mapping[str, Any]) -> None:
         """Give a parameter its state entry. Keys are equal on all ranks from the start; memory comes when layouts are known."""
-        for key in ("momentum_buffer",) if group["algorithm"] == "muon" else ("step", "exp_avg", "exp_avg_sq"):
+        for key in _MUON_STATE if group["algorithm"] == "muon" else _ADAMW_STATE:
             self.state[p].setdefault(key, unset())
         if group["algorithm"] == "muon" and policy_of(group) is not None and "spectrum" not in self.state[p]:
             shape = self._layouts[route.name].global_shape if route.name in self._layouts else tuple(p.shape)
             assert route.view is not None  # a route to Muon has a view
             self.state[p]["spectrum"] = blank_rows(len(matrices_of(shape, route.view, route.name)))
 
+    def _declare_all(self) -> None:
+        for group in self.param_groups:
+            for route, p in self._routed(group):
+                if p.requires_grad:
+                    self._declare_state(route, p, group)
+
     @property
     def routes(self) -> list[Route]:
         """Every parameter's route, with the reason, in the order of the groups."""
-        return [route for group in self.param_groups for route, _ in group_routes(group)]
+        return [route for group in self.param_groups for route, _ in self._routed(group)]
+
+    def _routed(self, group: dict[str, Any]) -> list[tuple[Route, Tensor]]:
+        """Each parameter of a group with its route. Its "params" may have been edited or replaced; names and reasons follow them."""
+        align_group(group, self._known)
+        routed = group_routes(group)
+        self._known.update({p: (route.name, route.reason) for route, p in routed})
+        return routed
 
     @property
     def schedules(self) -> dict[str, tuple[tuple[int, int], Schedule]]:
@@ -238,6 +278,14 @@ class MuonDist(torch.optim.Optimizer):
         """Steps skipped because a gradient was not finite. Waits for the device."""
         return 0 if self._skipped is None else int(self._skipped.item())
 
+    @property
+    def skipped_updates(self) -> int:
+        """Updates of single matrices that were left out because their norm can't be that of a polar factor: the products in which they
+        were orthogonalised lost too many digits. This rank's own at once, those of others from the next step on. Waits for the device.
+        """
+        own = sum(int(domain.left_out.item()) for domain in self._domains)
+        return own + (0 if self._left_out is None else int(self._left_out.item()))
+
     # --------------------------------------------------------------------------------------------------------- binding
 
     def bind(self) -> None:
@@ -249,10 +297,7 @@ class MuonDist(torch.optim.Optimizer):
             ValueError: the ranks don't agree, replicas hold other values, or a placement isn't supported.
             RuntimeError: not all ranks came in time.
         """
-        signature = tuple(
-            (id(group), repr([group.get(key) for key in REBIND_KEYS]), [(id(p), p.requires_grad) for p in group["params"]])
-            for group in self.param_groups
-        )
+        signature = self._what_is_bound()
         if signature == self._signature:
             return
         if self._detached:
@@ -262,11 +307,16 @@ class MuonDist(torch.optim.Optimizer):
         self._collect_measurements()
         for group in self.param_groups:
             check_group(group)
-        named = [(route, p, group) for group in self.param_groups for route, p in group_routes(group)]
+        self._keep_state_of(p for group in self.param_groups for p in group["params"])
+        self._meet()
+        if self._world != self._world_now():
+            self._world, self._groups = self._world_now(), {}
+        named = [(route, p, group) for group in self.param_groups for route, p in self._routed(group)]
+        refuse_duplicates(route.name for route, _, _ in named)
         unknown = set(self._layouts) - {route.name for route, _, _ in named}
         if unknown:
             raise ValueError(f"layouts name {sorted(unknown)}; the parameters of this optimizer are {[r.name for r, _, _ in named][:5]}…")
-        # frozen parameters that have state stay, so that it can be saved; without a gradient nothing happens to them
+        # frozen parameters that have state stay, so that it can be saved
         entries = [(route.name, p, group, route) for route, p, group in named if p.requires_grad or p in self.state]
         self._domains = bind_domains(
             entries,
@@ -281,14 +331,48 @@ class MuonDist(torch.optim.Optimizer):
         for domain in self._domains:
             for bound in domain.parameters:
                 self._declare_state(bound.route, bound.parameter, bound.group)
+            compare_state(domain, self.state)
             self._complete_replicas(domain, everywhere=False)
             for bound in domain.parameters:
                 self._allocate_state(domain, bound)
-        kept = {p for group in self.param_groups for p in group["params"]}
-        for p in [p for p in self.state if p not in kept]:  # replaced by their host since
-            del self.state[p]
         self._has_copies = True
-        self._signature = signature
+        self._iterations = 0
+        self._signature = self._what_is_bound()
+
+    def _keep_state_of(self, parameters: Iterable[Tensor]) -> None:
+        """Let go of the state of parameters that were taken out of the groups, or replaced there by their host."""
+        kept = set(parameters)
+        for p in [p for p in self.state if p not in kept]:
+            del self.state[p]
+
+    def _take_over_state(self) -> None:
+        """Go on from what a user or host did to the state: what is gone begins anew, and measured spectra may have been replaced."""
+        for domain in self._domains:
+            for b in domain.parameters:
+                entry = self.state[b.parameter]
+                if not entry.keys() >= (_MUON_STATE if b.muon else _ADAMW_STATE):
+                    self._declare_state(b.route, b.parameter, b.group)
+                    self._allocate_state(domain, b)
+                if b.rows is not None and entry.get("spectrum") is not b.rows:
+                    attach_rows(b, entry)
+
+    def _what_is_bound(self) -> tuple[Any, ...]:
+        """What binding depends on: parameters, how their groups are orthogonalised, the ranks, and how torch rounds fp32 products."""
+        groups = [
+            (id(group), repr([group.get(key) for key in REBIND_KEYS]), [(id(p), p.requires_grad) for p in group["params"]])
+            for group in self.param_groups
+        ]
+        kinds = sorted({domain.device.type for domain in self._domains})
+        return (groups, self._world_now(), [fp32_precision(kind) for kind in kinds])
+
+    @staticmethod
+    def _world_now() -> Any:
+        return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+    def _meet(self) -> None:
+        """Wait for all ranks that bind: one that binds alone would meet the others in another collective."""
+        if (world := self._world_now()) is not None:
+            meet(sorted(dist.get_process_group_ranks(self._process_group or world)))
 
     def _agree_on_flag_group(self) -> dist.ProcessGroup | None:
         """The group that shares the finite flag where domains are several; None where one domain holds everything.
@@ -361,15 +445,28 @@ class MuonDist(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.bind()
+        self._steps += 1
+        self._take_over_state()
         self._adapt()
         if self._has_copies:
             self._drop_copies()
         local = {b: b.local for domain in self._domains for b in domain.parameters}
         grads = {b: local_gradient(b) for b in local}
+        self._unscale(grads)
         Step(domains=self._domains, state=self.state, local=local, grads=grads, go=self._agree_on_gradients(grads)).take()
         for domain in self._domains:
             domain.adaptation.end_step()
         return loss
+
+    def _unscale(self, grads: dict[BoundParameter, Tensor | None]) -> None:
+        """Divide gradients by the scale of a `torch.amp.GradScaler`, which hands the whole step on and leaves it to all ranks together."""
+        scale = getattr(self, "grad_scale", None)
+        if scale is None:
+            return
+        for b, g in grads.items():
+            if g is not None:
+                inverse = scale.double().reciprocal().float().to(g.device)
+                grads[b] = g.mul_(inverse) if g.dtype in (torch.float32, torch.float64) else g.float().mul_(inverse)
 
     @record_function("muon_dist::adapt")
     def _adapt(self) -> None:
@@ -377,6 +474,7 @@ class MuonDist(torch.optim.Optimizer):
         for k, domain in enumerate(self._domains):
             if domain.adaptation.is_time_for_new_owners() and (better := rebalanced(domain, self._options)) is not None:
                 domain.adaptation.collect()  # into the rows, which the new owners' controllers share
+                better.left_out, better.iteration = domain.left_out, domain.iteration
                 self._domains[k] = domain = better
                 self._complete_replicas(better, everywhere=False)
                 for bound in better.parameters:
@@ -391,12 +489,23 @@ class MuonDist(torch.optim.Optimizer):
 
     def _collect_measurements(self) -> None:
         """Bring measurements that are under way into the state."""
+        self._take_over_state()
         for domain in self._domains:
             domain.adaptation.collect()
 
     @record_function("muon_dist::agree")
     def _agree_on_gradients(self, grads: dict[BoundParameter, Tensor | None]) -> dict[BoundParameter, Tensor]:
-        go, bad = agree_on_gradients(self._domains, grads, self._flag_group)
+        agreed = self._agreement(grads, f"step {self._steps}")
+        if self._apart.seen(agreed.apart):
+            self._refuse_apart()
+        bad = agreed.bad
+        self._left_out = agreed.left_out if self._left_out is None else self._left_out + agreed.left_out
+        if self._nonfinite == "raise" and agreed.left_out.item():
+            raise ValueError(
+                f"at the step before, {int(agreed.left_out)} matrices' updates had norms that no polar factor has, and were left out: "
+                "products lose too many digits for the schedule. Give compute_dtype='fp32' with "
+                "torch.set_float32_matmul_precision('highest'), fewer steps, or construct with nonfinite='skip'"
+            )
         if self._nonfinite == "raise" and bad.item():
             here = [b.name or str(b.placement.shape) for b, g in grads.items() if g is not None and not g.isfinite().all()]
             raise ValueError(
@@ -404,7 +513,27 @@ class MuonDist(torch.optim.Optimizer):
                 "Lower the learning rate or the loss scale, or construct with nonfinite='skip' to leave such steps out"
             )
         self._skipped = bad.to(torch.int64) if self._skipped is None else self._skipped + bad
-        return go
+        return agreed.go
+
+    def _agreement(self, grads: dict[BoundParameter, Tensor | None], what: str) -> Agreement:
+        return agree_on_gradients(self._domains, grads, self._flag_group, what)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in every torch optimizer. Ranks that have come here unequally often are found at the next step."""
+        super().zero_grad(set_to_none)
+        self._iterations += 1
+        for domain in self._domains:
+            domain.iteration.add_(1).remainder_(COUNTED)
+
+    def _refuse_apart(self) -> None:
+        ranks = sorted({rank for domain in self._domains for rank in domain.ranks})
+        counts = told(ranks, f"iteration/{self._steps}", str(self._iterations))
+        who = ", ".join(f"rank {rank} {count} times" for rank, count in sorted(counts.items()))
+        raise RuntimeError(
+            f"the ranks are not at the same iteration: before this step zero_grad() was called {who}. A rank that leaves out a step(), as "
+            "a loss that is not a number may make it, would take every later step with the wrong gradients. Leave steps out on all ranks "
+            "or on none: MuonDist does so where a gradient is not finite"
+        )
 
     # ----------------------------------------------------------------------------------------------------- state dicts
 
@@ -425,6 +554,8 @@ class MuonDist(torch.optim.Optimizer):
             RuntimeError: replicated parameters' momentum lives with other ranks; call `consolidate()` on all ranks first.
         """
         self._collect_measurements()
+        self._keep_state_of(p for group in self.param_groups for p in group["params"])
+        self._declare_all()
         missing = 0
         complete: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
         for p, entry in self.state.items():
@@ -449,10 +580,13 @@ class MuonDist(torch.optim.Optimizer):
 
         Momentum of replicated parameters is expected whole on every rank, as `consolidate()` leaves it.
         """
+        self._collect_measurements()  # into the state that is replaced
         loaded: dict[str, Any] = {}
 
         def translate(_: Any, given: dict[str, Any]) -> dict[str, Any]:
-            loaded.update(translate_state_groups(given, self.param_groups))
+            for group in self.param_groups:
+                self._routed(group)  # names follow the parameters
+            loaded.update(translate_state(given, self.param_groups))
             return loaded
 
         translation = self.register_load_state_dict_pre_hook(translate)  # the last hook, after those that repair old formats
@@ -465,10 +599,7 @@ class MuonDist(torch.optim.Optimizer):
         for i, p in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
             if isinstance(rows := loaded["state"].get(i, {}).get("spectrum"), Tensor):
                 self.state[p]["spectrum"] = rows.detach().to("cpu", torch.float64, copy=True)
-        for group in self.param_groups:
-            for route, p in group_routes(group):
-                if p.requires_grad:
-                    self._declare_state(route, p, group)
+        self._declare_all()
         self._signature = None  # the next step checks what was loaded and agrees again
 
     def __getstate__(self) -> dict[str, Any]:

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from .binding import BoundParameter, Domain, local_tensor
+from .binding import BoundParameter, Domain
 from .elementwise import adamw_step, decay, momentum_forms
 from .polar.newton_schulz import Slices, moment_count, orthogonalize_batch
+from .polar.plausible import are_plausible
 from .polar.polynomials import Schedule
 from .polar.scaling import update_scale
 from .sharding.exchange import Leg, Traffic
+from .sharding.layout import local_tensor
 from .sharding.slicing import Slicing
 
 
@@ -140,7 +142,10 @@ class Step:
 
 
 def _orthogonalize_alike(domain: Domain, indices: Sequence[int], batch: Tensor, keep: Tensor, slicing: Slicing | None) -> Tensor:
-    """The polar factors of matrices of one shape and schedule, or of slices; records the moments of those that are measured."""
+    """The polar factors of matrices of one shape and schedule, or of slices; records the moments of those that are measured.
+
+    One that can't be a polar factor becomes zero, and is counted in the domain.
+    """
     first, adaptation = domain.parameters[domain.plan.matrices[indices[0]].parameter], domain.adaptation
     schedule = adaptation.schedule_now(indices[0])
     measured = [k for k, i in enumerate(indices) if i in adaptation.measuring]
@@ -160,6 +165,17 @@ def _orthogonalize_alike(domain: Domain, indices: Sequence[int], batch: Tensor, 
             slices=slices,
             products=domain.products,
         )
+    norms = None
+    if slices is not None:
+        norms = torch.linalg.vector_norm(result, dim=(-2, -1), dtype=torch.promote_types(compute, torch.float32)).square_()
+        slices.add_up(norms)
+        norms.sqrt_()
+    plausible = are_plausible(result, schedule, min(domain.plan.matrices[indices[0]].shape), norms)
+    result.masked_fill_(~plausible.view(-1, 1, 1), 0)
+    if slicing is None or domain.me == 0:
+        domain.left_out += (~plausible).sum()
+    if moments is not None:
+        moments.masked_fill_(~plausible.unsqueeze(-1), 0)  # as of a matrix that was zero
     for k in measured if slicing is None or domain.me == 0 else ():  # all ranks have the moments of what is sliced
         assert moments is not None
         adaptation.record(indices[k], moments[k])

@@ -2,6 +2,7 @@
 
 import pickle
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -179,9 +180,9 @@ def test_the_order_of_parameters_may_differ_between_ranks() -> None:
 
 
 def absent_rank() -> None:
-    import muon_dist.binding
+    import muon_dist.rendezvous
 
-    muon_dist.binding.TIMEOUT = muon_dist.binding.timedelta(seconds=2)
+    muon_dist.rendezvous.TIMEOUT, muon_dist.rendezvous.PATIENCE = timedelta(seconds=2), 1.0
     if dist.get_rank() == 0:
         MuonDist(models.make_bank([(8, 8)], torch.float32).named_parameters(), ns_steps=5).bind()
     time.sleep(60)
@@ -189,7 +190,7 @@ def absent_rank() -> None:
 
 def test_a_rank_that_does_not_come_is_reported_instead_of_waited_for() -> None:
     started = time.monotonic()
-    with pytest.raises(RuntimeError, match="came to bind the optimizer within 2 s"):
+    with pytest.raises(RuntimeError, match="rank 1 did not come to bind the optimizer within 2 s"):
         run_ranks(2, absent_rank, timeout=60)
     assert time.monotonic() - started < 30
 

@@ -61,6 +61,7 @@ def test_a_step_on_a_device_neither_asks_for_values_nor_copies_from_the_host(opt
     (domain,) = optimizer._domains
     domain.device = domain.exchange._device = DEVICE
     domain._flags = ([], domain._flags[1])
+    domain.left_out, domain.iteration = (torch.zeros((), dtype=torch.int32, device=DEVICE) for _ in range(2))
     domain.products = SymmetricProducts(DEVICE.type)
     if options["ns_steps"] == "adaptive":  # one of two matrices of a batch is measured, and takes more steps for it
         adaptation = domain.adaptation
@@ -74,8 +75,8 @@ def test_a_step_on_a_device_neither_asks_for_values_nor_copies_from_the_host(opt
     grads: dict[Any, Any] = {b: torch.empty_like(b.local) for b in domain.parameters}
     for _ in range(2):  # the first is not steady yet
         with FromHost() as seen, Lists() as lists:
-            go, _ = agree_on_gradients([domain], grads, None)
+            agreed = agree_on_gradients([domain], grads, None, "a step")
             local = {b: b.local for b in domain.parameters}
-            Step(domains=[domain], state=state, local=local, grads=grads, go=go).take()
+            Step(domains=[domain], state=state, local=local, grads=grads, go=agreed.go).take()
     assert seen.operations > 50
     assert +seen.waits == {} and lists.made == 0

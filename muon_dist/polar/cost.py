@@ -75,7 +75,7 @@ def segments_of(
         squares = 1 + length + 3 * (length - 1)
         return segment_flops(m, n, length, compute_dtype, products) + per_element * (squares * m * m + m * n)
 
-    return best_segments(steps, compute_dtype, cost)
+    return best_segments(steps, products.precision(compute_dtype), cost)
 
 
 def form_name(segments: tuple[int, ...]) -> str:

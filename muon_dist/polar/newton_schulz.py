@@ -13,7 +13,7 @@ from torch import Tensor
 from .cost import segments_of
 from .deflation import split_dominant
 from .polynomials import Coefficients, Polynomial, Schedule, explicit_schedule, schedule_for
-from .products import SymmetricProducts
+from .products import SymmetricProducts, own_products, products_on
 
 # The largest gain (the product of all a) that is left to bf16. A direction at 1e-4·‖X‖_F comes out of bf16 with .91 of its gain and
 # noise of .39 beside it, out of fp16 with 1.00 and .06 (measured at n = 512); lifting it to 1 takes a gain of 1e4.
@@ -207,7 +207,8 @@ def orthogonalize_batch(
     dominant = None
     if schedule.deflation:  # in fp32 at least, so that what is left is rounded at its own scale
         batch = batch.to(torch.promote_types(batch.dtype, torch.float32)).div_(norm)
-        dominant = split_dominant(batch, schedule.deflation, basis).to(compute_dtype)
+        with own_products(batch.device.type, exact=True):
+            dominant = split_dominant(batch, schedule.deflation, basis).to(compute_dtype)
         x = batch.to(compute_dtype)
     else:
         x = batch.div_(norm) if batch.dtype == compute_dtype else (batch / norm).to(compute_dtype)
@@ -215,12 +216,13 @@ def orthogonalize_batch(
         moments[:, 0] = 1.0 if dominant is None else _inner(x, x)
     y = torch.empty_like(x)
     shape = tuple(x.shape[1:]) if slices is None else slices.shape
-    products = products or SymmetricProducts(x.device.type)
+    products = products or products_on(x.device.type)
     segments = segments_of(schedule.steps, *shape, x.dtype, products)
     # One matrix after the other where a batched product gains nothing: on a CPU the working set then fits its caches
     one_by_one = x.shape[0] == 1 or (x.device.type == "cpu" and min(shape) >= 192)
-    for k in range(x.shape[0]) if one_by_one else [slice(None)]:
-        _iterate(x[k], y[k], schedule, segments, products, None if moments is None else moments[k, 1:], slices)
+    with own_products(x.device.type):
+        for k in range(x.shape[0]) if one_by_one else [slice(None)]:
+            _iterate(x[k], y[k], schedule, segments, products, None if moments is None else moments[k, 1:], slices)
     result = y if len(segments) % 2 else x
     return result if dominant is None else result.add_(dominant)
 

@@ -220,15 +220,18 @@ def greedy_minimax(lower: float, steps: int, *, cushion: float = 0.0, safety: fl
 
     `cushion` keeps a step's own interval from being wider than [cushion·u, u] (Polar Express, arXiv 2505.16932,
     section 3.4); the step is then rescaled so that the whole interval maps symmetrically around 1. `safety` widens a step's
-    own interval [l, u] to [l, safety·u].
+    own interval [l, u] to [l, safety·u]. Coefficients have twelve digits: the linear algebra behind them differs between CPUs in the last
+    bits, and ranks must compute with the same.
     """
     schedule, low, high = [], lower, 1.0
     for _ in range(steps):
         a, b, c = _minimax_quintic(max(low, cushion * high), safety * high)
         at_low, at_high = (a * x + b * x**3 + c * x**5 for x in (low, safety * high))
         centre = 2.0 / (at_low + at_high)
-        schedule.append((a * centre, b * centre, c * centre))
-        low, high = at_low * centre, 2.0 - at_low * centre
+        a, b, c = (_rounded(v * centre) for v in (a, b, c))
+        schedule.append((a, b, c))
+        low = a * low + b * low**3 + c * low**5
+        high = 2.0 - low
     return tuple(schedule)
 
 
@@ -243,7 +246,11 @@ def _lowest_reached(steps: int, tol: float, *, cushion: float = 0.0, safety: flo
             high = middle
         else:
             low = middle
-    return math.exp(high)
+    return _rounded(math.exp(high))
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.12g}")
 
 
 def _minimax_quintic(low: float, high: float) -> Coefficients:

@@ -9,7 +9,10 @@ import functools
 import importlib.util
 import itertools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +22,50 @@ _ROWS, _MOST_BLOCKS = 128, 8
 
 # Rows of the Triton kernel's tiles: of small matrices, which would leave most of a GPU idle, and of others; fp32 has twice the bytes
 _SMALL_TILE, _TILE, _SMALL = 64, 128, 1024
+
+
+# How products round: a dtype, to which every result is rounded; or "tf32" or "bf16", to which fp32 factors are, and results are fp32
+Precision = torch.dtype | str
+
+
+def fp32_precision(device_type: str) -> str:
+    """What torch rounds the factors of fp32 products to on a kind of device: "ieee" (not at all), "tf32" or "bf16".
+
+    It is what `torch.set_float32_matmul_precision`, `allow_tf32` or `torch.backends` ask for; some devices round less.
+    """
+    if device_type not in ("cpu", "cuda"):
+        return "ieee"
+    backend = torch.backends.mkldnn if device_type == "cpu" else torch.backends.cuda
+    for setting in (backend.matmul, backend, torch.backends):  # each takes over what the next one says
+        asked: str = getattr(setting, "fp32_precision", "none")
+        if asked != "none":
+            return asked
+    return "ieee"
+
+
+# Settings under which a GPU may add up products in half precision
+_SUMS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction", "allow_fp16_accumulation")
+
+
+@contextmanager
+def own_products(device_type: str, *, exact: bool = False) -> Iterator[None]:
+    """Products in the dtype of their factors, whatever a model's autocast says, and added up in fp32 where that is half precision:
+    segments of Newton–Schulz are chosen for such sums. With `exact`, fp32 factors are not rounded either, whatever torch's settings say.
+    """
+    matmul = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}.get(device_type, torch.backends.mkldnn).matmul
+    wanted: dict[str, Any] = {name: False for name in _SUMS if getattr(matmul, name)} if device_type == "cuda" else {}
+    if exact and fp32_precision(device_type) != "ieee":
+        wanted["fp32_precision"] = "ieee"
+    before = {name: getattr(matmul, name) for name in wanted}
+    autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
+        try:
+            for name, value in wanted.items():
+                setattr(matmul, name, value)
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(matmul, name, value)
 
 
 @dataclass(frozen=True)
@@ -31,10 +78,16 @@ class SymmetricProducts:
     Attributes:
         device_type: "cpu", "cuda", …
         kernels_from: rows of a result from which the kernel is used, in bf16, fp16 and fp32; None: never.
+        fp32: what factors in fp32 are rounded to: "ieee" (not at all), "tf32" or "bf16"; torch's setting (`fp32_precision`).
     """
 
     device_type: str
     kernels_from: int | None = None
+    fp32: str = "ieee"
+
+    def precision(self, dtype: torch.dtype) -> Precision:
+        """What decides how products in `dtype` round."""
+        return self.fp32 if dtype == torch.float32 and self.fp32 != "ieee" else dtype
 
     def uses_kernel(self, size: int, dtype: torch.dtype) -> bool:
         return self.kernels_from is not None and size >= self.kernels_from and dtype != torch.float64
@@ -80,6 +133,16 @@ class SymmetricProducts:
 
 def _tile(size: int, dtype: torch.dtype) -> int:
     return _SMALL_TILE if size < _SMALL or dtype == torch.float32 else _TILE
+
+
+def products_on(device_type: str, kernels_from: int | None = None) -> SymmetricProducts:
+    """How symmetric products are taken on a kind of device under torch's settings as they are.
+
+    Raises:
+        ValueError: a kernel that can't work there.
+    """
+    check_kernels(kernels_from, device_type)
+    return SymmetricProducts(device_type, kernels_from, fp32_precision(device_type))
 
 
 def check_kernels(kernels_from: object, device_type: str | None = None) -> None:

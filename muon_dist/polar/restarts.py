@@ -2,7 +2,7 @@
 
 Within a segment of steps X is seen twice: A = XXᵀ at its start, RX at its end. Between, every step is Q = a + bA + cA², R ← QR,
 A ← QAQ, all m × m and symmetric, m the smaller side. Rounding of A is never put right within a segment, and small directions suffer
-first, so how long segments may be depends on the polynomials and on the dtype. Here that is found by trying.
+first, so how long segments may be depends on the polynomials and on how products round. Here that is found by trying.
 
 The order of factors matters: rounding of PR and Q(AQ) stays small where a direction is small. Of (AQ)Q, of RP, or with AQ mirrored at its
 diagonal, it does not, and errors grow two- to tenfold (measured on the trial matrices below).
@@ -18,6 +18,9 @@ import torch
 from torch import Tensor
 
 from .polynomials import Coefficients
+from .products import Precision
+
+Rounding = Callable[[Tensor], Tensor]
 
 LONGEST = 4  # no published or generated schedule stands five steps on one Gram matrix in fp32
 
@@ -34,10 +37,11 @@ def single_steps(count: int) -> tuple[int, ...]:
 
 
 @functools.cache
-def possible_segments(steps: tuple[Coefficients, ...], dtype: torch.dtype) -> dict[tuple[int, int], float]:
-    """(first step, length) of every segment that may be taken in `dtype` -> how much worse its result is than that of single steps.
+def possible_segments(steps: tuple[Coefficients, ...], precision: Precision) -> dict[tuple[int, int], float]:
+    """(first step, length) of every segment that may be taken in `precision` -> how much worse its result is than that of single
+    steps.
 
-    Each is tried alone, with products rounded to `dtype`, on `_trial_matrices`. Single steps are not listed.
+    Each is tried alone, with products that round so, on `_trial_matrices`. Single steps are not listed.
     """
     found: dict[tuple[int, int], float] = {}
     for length in range(2, LONGEST + 1):
@@ -45,21 +49,21 @@ def possible_segments(steps: tuple[Coefficients, ...], dtype: torch.dtype) -> di
             if length > 2 and not {(first, length - 1), (first + 1, length - 1)} & found.keys():
                 continue
             segments = (*single_steps(first), length, *single_steps(len(steps) - first - length))
-            if (worse := how_much_worse(steps, dtype, segments)) <= WORSE:
+            if (worse := how_much_worse(steps, precision, segments)) <= WORSE:
                 found[first, length] = worse
     return found
 
 
-def best_segments(steps: tuple[Coefficients, ...], dtype: torch.dtype, cost: Callable[[int], float]) -> tuple[int, ...]:
-    """The lengths of the segments, in order, that cost least among those that may be taken together in `dtype`.
+def best_segments(steps: tuple[Coefficients, ...], precision: Precision, cost: Callable[[int], float]) -> tuple[int, ...]:
+    """The lengths of the segments, in order, that cost least among those that may be taken together in `precision`.
 
     `cost(length)` is of one segment; where nothing is cheaper every step stays single.
     """
     direct, possible = single_steps(len(steps)), None
     while cost(2) < 2 * cost(1):  # else longer ones don't pay either
-        possible = dict(possible_segments(steps, dtype)) if possible is None else possible
+        possible = dict(possible_segments(steps, precision)) if possible is None else possible
         chosen = _cheapest(len(steps), possible, cost)
-        if chosen == direct or how_much_worse(steps, dtype, chosen) <= WORSE:
+        if chosen == direct or how_much_worse(steps, precision, chosen) <= WORSE:
             return chosen
         starts = [sum(chosen[:k]) for k in range(len(chosen))]
         taken = [(first, length) for first, length in zip(starts, chosen, strict=True) if length > 1]
@@ -81,16 +85,33 @@ def _cheapest(count: int, possible: dict[tuple[int, int], float], cost: Callable
 
 
 @functools.cache
-def how_much_worse(steps: tuple[Coefficients, ...], dtype: torch.dtype, segments: tuple[int, ...]) -> float:
-    """The error of Newton–Schulz in these segments, its products rounded to `dtype`, over that of single steps: the largest over a
-    few spectra. For fp64 that of fp32, to which the same share of digits is lost.
+def how_much_worse(steps: tuple[Coefficients, ...], precision: Precision, segments: tuple[int, ...]) -> float:
+    """The error of Newton–Schulz in these segments, its products rounded as `precision` says, over that of single steps: the largest
+    over a few spectra. For fp64 that of fp32, to which the same share of digits is lost.
+
+    Rounded to three digits, since the last bits of it are those of the CPU that it is found on.
     """
-    if dtype == torch.float64:
+    if precision == torch.float64:
         return how_much_worse(steps, torch.float32, segments)
     x = _trial_matrices()
-    exact, single = _iterations(steps, dtype)
-    rounded = iterate(x, steps, segments, lambda t: t.to(dtype).to(torch.float64))
-    return float((_errors(rounded, exact) / single).nan_to_num(nan=float("inf")).max())
+    exact, single = _iterations(steps, precision)
+    worse = float((_errors(iterate(x, steps, segments, *_rounding(precision)), exact) / single).nan_to_num(nan=float("inf")).max())
+    return float(f"{worse:.3g}")
+
+
+def _rounding(precision: Precision) -> tuple[Rounding, Rounding]:
+    """How results of products are rounded, and how their factors are before: to half precision the first, to bf16 or TF32 the second."""
+    if isinstance(precision, torch.dtype):
+        return lambda t: t.to(precision).to(torch.float64), lambda t: t
+    if precision == "bf16":
+        return lambda t: t.float().double(), lambda t: t.bfloat16().double()
+    return lambda t: t.float().double(), _to_tf32
+
+
+def _to_tf32(t: Tensor) -> Tensor:
+    """With eleven significant bits, as TF32 has."""
+    mantissa, exponent = torch.frexp(t)
+    return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
 
 
 def _errors(rounded: Tensor, exact: Tensor) -> Tensor:
@@ -99,11 +120,11 @@ def _errors(rounded: Tensor, exact: Tensor) -> Tensor:
 
 
 @functools.cache
-def _iterations(steps: tuple[Coefficients, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Newton–Schulz on the trial matrices in fp64, and the errors of single steps in `dtype`."""
+def _iterations(steps: tuple[Coefficients, ...], precision: Precision) -> tuple[Tensor, Tensor]:
+    """Newton–Schulz on the trial matrices in fp64, and the errors of single steps in `precision`."""
     x, direct = _trial_matrices(), single_steps(len(steps))
     exact = iterate(x, steps, direct, lambda t: t)
-    return exact, _errors(iterate(x, steps, direct, lambda t: t.to(dtype).to(torch.float64)), exact)
+    return exact, _errors(iterate(x, steps, direct, *_rounding(precision)), exact)
 
 
 @functools.cache
@@ -126,8 +147,11 @@ def _trial_matrices() -> Tensor:
     return torch.from_numpy((left * spectra[:, :, None]) @ right)
 
 
-def iterate(x: Tensor, steps: Sequence[Coefficients], segments: Sequence[int], rounded: Callable[[Tensor], Tensor]) -> Tensor:
-    """Newton–Schulz in segments on (…, m, n), m <= n, written for reading; `rounded` is applied to every product.
+def iterate(
+    x: Tensor, steps: Sequence[Coefficients], segments: Sequence[int], rounded: Rounding, factor: Rounding = lambda t: t
+) -> Tensor:
+    """Newton–Schulz in segments on (…, m, n), m <= n, written for reading; `rounded` is applied to every result, `factor` to what a
+    product multiplies.
 
     Symmetric products keep their lower triangle, as where only that is computed: an error on one side of the diagonal then shows on both.
     """
@@ -136,20 +160,23 @@ def iterate(x: Tensor, steps: Sequence[Coefficients], segments: Sequence[int], r
         lower = rounded(product).tril()
         return lower + lower.tril(-1).mT
 
+    def times(first: Tensor, second: Tensor) -> Tensor:
+        return factor(first) @ factor(second)
+
     eye = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
     x, k = rounded(x), 0
     for length in segments:
-        gram, root = symmetric(x @ x.mT), eye
+        gram, root = symmetric(times(x, x.mT)), eye
         for step, (a, b, c) in enumerate(steps[k : k + length]):
-            polynomial = symmetric(b * gram + c * gram @ gram)
+            polynomial = symmetric(b * gram + c * times(gram, gram))
             if length == 1:
-                x = rounded(a * x + polynomial @ x)
+                x = rounded(a * x + times(polynomial, x))
                 break
-            root = symmetric(a * root + polynomial @ root)
+            root = symmetric(a * root + times(polynomial, root))
             if step < length - 1:
                 q = rounded(polynomial + a * eye)
-                gram = symmetric(q @ rounded(gram @ q))
+                gram = symmetric(times(q, rounded(times(gram, q))))
         if length > 1:
-            x = rounded(root @ x)
+            x = rounded(times(root, x))
         k += length
     return x

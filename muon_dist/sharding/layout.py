@@ -251,3 +251,8 @@ def _cut_orders(placements: Sequence[Any], sizes: tuple[int, ...], name: str) ->
                 f"{name} has placement {placement!r}, which MuonDist does not know. Pass layouts={{{name!r}: ShardLayout(...)}}"
             )
     return orders
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank stores, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -104,7 +104,8 @@ class Policy:
         """
         expected: dict[int, float] = {}
         for k in range(self.min_ns_steps, self.max_ns_steps + 1):
-            expected[k] = spectrum.coverage(self.schedule(k), tol=self.tol, floor=self.floor, below=below)[0]
+            coverage = spectrum.coverage(self.schedule(k), tol=self.tol, floor=self.floor, below=below)[0]
+            expected[k] = round(coverage, 6)  # last bits differ between CPUs, and all ranks must decide alike
             if expected[k] >= self.coverage + (HYSTERESIS if now is not None and k < now else 0.0):
                 return k, expected[k]
         best = max(expected.values())
@@ -206,7 +207,7 @@ class Controller:
         if spectrum is None:
             return False
         if with_steps >= self.policy.probe:
-            self.row[BELOW] = spectrum.share_below(self.policy.floor)
+            self.row[BELOW] = round(spectrum.share_below(self.policy.floor), 6)
         below = None if math.isnan(self.row[BELOW]) else float(self.row[BELOW])
         now = self.steps if self.row[MEASUREMENTS] > 0 else None
         self.row[STEPS], self.row[COVERAGE] = self.policy.fewest_steps(spectrum, below=below, now=now)
