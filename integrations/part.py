@@ -7,7 +7,6 @@ them, and their state with them, so both stay the host's; what the optimizer has
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,13 +25,6 @@ from muon_dist.sharding.layout import ShardLayout
 from muon_dist.sharding.plan import Plan
 
 ADAMW_STATE = ("exp_avg", "exp_avg_sq")
-
-# What muon_dist.MuonDist takes, with its defaults
-DEFAULTS = {
-    name: p.default
-    for name, p in inspect.signature(muon_dist.MuonDist.__init__).parameters.items()
-    if p.default is not inspect.Parameter.empty
-}
 
 
 @dataclass(frozen=True, kw_only=True)

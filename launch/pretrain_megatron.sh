@@ -33,6 +33,8 @@ if [ "${1:-}" = "--args" ]; then
     shift 2
 fi
 
+folder="$(cd "$(dirname "$script")" && pwd)"
+export PYTHONPATH="$folder${PYTHONPATH:+:$PYTHONPATH}" # the script's own megatron, not an installed one
 choose_python muon_dist.integrations.megatron
 choose_processes
 if [ "${NNODES:-1}" -gt 1 ]; then

@@ -50,7 +50,7 @@ def attach_controllers(
 
 
 def attach_rows(b: BoundParameter, entry: dict[str, Tensor]) -> None:
-    """Let a parameter's controllers work on `entry["spectrum"]`, which a host may have moved or replaced; blank rows begin with the prior."""
+    """Let a parameter's controllers work on `entry["spectrum"]`, which a host may have replaced; blank rows begin with the prior."""
     given, count = entry.get("spectrum"), len(b.matrices)
     if given is None or tuple(given.shape) != (count, ROW_WIDTH):
         given = blank_rows(count)

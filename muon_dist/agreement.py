@@ -101,7 +101,7 @@ def agree_after_host(domains: Sequence[Domain], grads: Mapping[BoundParameter, T
     for domain in domains:
         own = domain.left_out.clone()
         domain.left_out.zero_()
-        if domain.process_group is not None:
+        if domain.process_group is not None and domain.plan.matrices:
             with naming_the_missing(domain.ranks, what):
                 dist.all_reduce(own, group=domain.process_group)
         left_out = left_out + own

@@ -43,7 +43,6 @@ from .sharding.tasks import MatrixTask, SlicedCost
 from .spectrum.controller import Controller
 
 
-
 @dataclass(eq=False, kw_only=True)
 class BoundParameter:
     """A trainable parameter with its route, its group's hyperparameters, and where its pieces lie."""
@@ -103,6 +102,7 @@ class Domain:
     whole_count: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
     first_bucket: list[list[int]] = field(default_factory=list)  # parameters whose first matrix travels in a bucket
     last_bucket: list[list[int]] = field(default_factory=list)
+    replicate_momentum: bool = False  # every rank keeps the momentum of plain replicas, not their owners alone
     adaptation: Adaptation = field(init=False)
     left_out: Tensor = field(init=False)  # updates of this rank's matrices that were no polar factors, and that others don't know of
     iteration: Tensor = field(init=False)  # how often gradients were reset since binding; beyond COUNTED from 0 again
@@ -114,12 +114,12 @@ class Domain:
 
     def owns(self, bound: BoundParameter) -> bool:
         """Whether this rank keeps the momentum of a parameter: its owner does where replicas could, every holder elsewhere."""
-        if not bound.placement.replicated:
+        if not bound.placement.replicated or self.replicate_momentum:
             return True
         return self.owner_of(bound) == self.me
 
     def flags(self, present: list[bool]) -> Tensor:
-        """Four zeros and `present`, in int32 on the device, a new tensor. They seldom change, and a copy from the host would make it wait."""
+        """Four zeros and `present`, in int32 on the device, a new tensor. They seldom change; a copy from the host would wait."""
         if self._flags[0] != present:
             self._flags = (present, torch.tensor([0, 0, 0, 0, *present], dtype=torch.int32, device=self.device))
         return self._flags[1].clone()

@@ -6,7 +6,7 @@ A difference raises on every rank and names it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,7 +50,7 @@ def compare_plans(domain: Domain) -> None:
         raise ValueError(f"the ranks {list(domain.ranks)} don't agree on what they train: {_first_difference(domain, everyone)}")
     sums = all_gather_rows(torch.stack([checksum(b.local) for b in domain.parameters]).cpu(), domain)
     for position, b in enumerate(domain.parameters):
-        differing = _differing_replicas(b, lambda rank, position=position: sums[rank, position])
+        differing = _differing_replicas(b, sums[:, position])
         if differing is not None:
             rank, twin = (domain.ranks[k] for k in differing)
             raise ValueError(
@@ -80,7 +80,7 @@ def compare_state(domain: Domain, state: Mapping[Tensor, Mapping[str, Any]]) -> 
             unlike = next((rank for rank in ranks if rows[rank, column] != rows[ranks[0], column]), None)
             if unlike is not None:
                 raise ValueError(_unlike_state(domain, name, what, ranks[0], unlike, rows[:, column]))
-        differing = _differing_replicas(b, lambda rank, rows=rows: rows[rank, 3], [rank for rank in holders if rows[rank, 0] == _HERE])
+        differing = _differing_replicas(b, rows[:, 3], [rank for rank in holders if rows[rank, 0] == _HERE])
         if differing is not None:
             raise ValueError(_unlike_state(domain, name, "values of optimizer state", differing[1], differing[0], rows[:, 3]))
 
@@ -108,16 +108,14 @@ def _unlike_state(domain: Domain, name: str, what: str, first: int, second: int,
     return f"optimizer state differs between the ranks: {difference}. Load the same checkpoint on all of them, or on none"
 
 
-def _differing_replicas(
-    b: BoundParameter, of_rank: Callable[[int], Tensor], among: Sequence[int] | None = None
-) -> tuple[int, int] | None:
+def _differing_replicas(b: BoundParameter, checksums: Tensor, among: Sequence[int] | None = None) -> tuple[int, int] | None:
     """The first (position of a rank, of an earlier one) that hold the same piece of a parameter with other checksums."""
     first: dict[Fragment, int] = {}
     for rank, fragment in enumerate(b.placement.fragments):
         if not fragment or (among is not None and rank not in among):
             continue
         twin = first.setdefault(fragment, rank)
-        if of_rank(rank) != of_rank(twin):
+        if checksums[rank] != checksums[twin]:
             return rank, twin
     return None
 

@@ -32,14 +32,15 @@ def local_gradient(bound: BoundParameter) -> Tensor | None:
         wanted = bound.parameter.placements
         placed = grad.placements if isinstance(grad, DTensor) else None
         if not isinstance(grad, DTensor) or any(
-            have != want and not have.is_replicate() for have, want in zip(grad.placements, wanted, strict=True)
+            have != want and have.is_shard() for have, want in zip(grad.placements, wanted, strict=True)
         ):
             raise ValueError(
                 f"{bound.name or 'a parameter'} is placed {wanted} but its gradient is {placed or 'a plain tensor'}: taking its part would "
                 "need communication. Redistribute the gradient to the parameter's placements before the step"
             )
         if placed != wanted:
-            grad = grad.redistribute(placements=wanted)  # from replicas: every rank takes its own part
+            # of replicas every rank takes its own part; sums are added up, as of norms under sequence parallelism
+            grad = grad.redistribute(placements=wanted)
         grad = grad.to_local()
         if hasattr(grad, "wait"):
             grad = grad.wait()

@@ -64,6 +64,7 @@ def read_groups(params: Iterable[Any], defaults: Mapping[str, Any], layouts: Map
     Raises:
         ValueError: nothing to optimise, a key or value that no algorithm takes, or a parameter that can't be routed.
     """
+    _check_arguments(defaults)
     if isinstance(params, (set, frozenset)):
         raise ValueError("params is a set, whose order differs between ranks and runs; pass a list")
     if isinstance(params, Tensor):
@@ -160,7 +161,7 @@ def _complete(
     if isinstance(complete["lr"], Tensor):  # a scheduler writes into it, for each group by itself
         complete["lr"] = complete["lr"].clone()
     if algorithm == "adamw":
-        complete["betas"] = tuple(complete["betas"]) if isinstance(complete["betas"], Sequence) else complete["betas"]
+        complete["betas"] = tuple(complete["betas"]) if isinstance(complete["betas"], list) else complete["betas"]
     return complete
 
 
@@ -238,30 +239,47 @@ class PlanOptions:
 PLAN_KEYS = tuple(field.name for field in fields(PlanOptions))
 
 
+def _check_number(key: str, given: Any, high: float = math.inf) -> None:
+    value = given.item() if isinstance(given, Tensor) and given.numel() == 1 else given
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) < high:
+        raise ValueError(f"{key} must be a number in [0, {high}), got {given!r}")
+
+
+def _check_betas(key: str, betas: Any) -> None:
+    pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+    if not pair or not all(isinstance(b, (int, float)) and not isinstance(b, bool) and 0 <= b < 1 for b in betas):
+        raise ValueError(f"{key} must be two numbers in [0, 1), got {betas!r}")
+
+
+def _check_arguments(defaults: Mapping[str, Any]) -> None:
+    """Raise a ValueError that names the argument as it was given, before groups take it over under another name."""
+    for key in ("lr", "weight_decay", "eps", "adam_eps"):
+        _check_number(key, defaults[key])
+    for key in ("muon_lr", "adam_lr", "adam_weight_decay"):
+        if defaults[key] is not None:
+            _check_number(key, defaults[key])
+    _check_betas("adam_betas", defaults["adam_betas"])
+
+
 def check_group(group: Mapping[str, Any]) -> None:
     """Raise a ValueError for a hyperparameter outside its range."""
 
-    def number(key: str, low: float, high: float = math.inf) -> None:
-        value = group[key]
-        value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not low <= float(value) < high:
-            raise ValueError(f"{key} must be a number in [{low}, {high}), got {group[key]!r}")
+    def number(key: str, high: float = math.inf) -> None:
+        _check_number(key, group[key], high)
 
-    number("lr", 0)
-    number("weight_decay", 0)
-    number("eps", 0)
+    number("lr")
+    number("weight_decay")
+    number("eps")
     if group["algorithm"] == "adamw":
-        betas = group["betas"]
-        if not isinstance(betas, Sequence) or len(betas) != 2 or not all(isinstance(b, (int, float)) and 0 <= b < 1 for b in betas):
-            raise ValueError(f"adam_betas must be two numbers in [0, 1), got {betas!r}")
+        _check_betas("betas", group["betas"])
         return
-    number("momentum", 0, 1)
+    number("momentum", 1)
     if not isinstance(group["nesterov"], bool):
         raise ValueError(f"nesterov must be True or False, got {group['nesterov']!r}")
     if policy_of(group) is None:
         fixed_schedule(group)
     update_scale(group["adjust_lr_fn"], 1, 1)
-    number("extra_scale_factor", 0)
+    number("extra_scale_factor")
     dtype_named(group["compute_dtype"], "compute_dtype")
     if dtype_named(group["wire_dtype"], "wire_dtype") == torch.float16:
         raise ValueError("wire_dtype can't be fp16: momentum of any size travels, and fp16 can't hold it. Use bf16 or fp32")
@@ -291,5 +309,8 @@ def fixed_schedule(group: Mapping[str, Any]) -> Schedule | None:
     """The schedule of a group whose steps are fixed; None where they adapt."""
     if group["ns_steps"] == "adaptive":
         return None
-    schedule = schedule_for("jordan" if group["polynomial"] is None else group["polynomial"], group["ns_steps"])
+    steps = group["ns_steps"]
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise ValueError(f"ns_steps must be 'adaptive' or an integer, got {steps!r}")
+    schedule = schedule_for("jordan" if group["polynomial"] is None else group["polynomial"], steps)
     return dataclasses.replace(schedule, deflation=group["deflation"])

@@ -79,7 +79,7 @@ def _by_name(saved_groups: Sequence[Mapping[str, Any]], current: Sequence[Mappin
         )
     if len(place) != sum(map(len, theirs)):
         return list(saved_groups)
-    result = []
+    result: list[Mapping[str, Any]] = []
     for k, names in enumerate(ours):
         source = place[names[0]][0] if names else k
         if any(place[name][0] != source for name in names) or len(theirs[source]) != len(names):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -104,6 +105,9 @@ class MuonDist(torch.optim.Optimizer):
         eps: smallest Frobenius norm that a matrix is divided by; guards only against zero.
         telemetry_dir: where what is measured goes, as lines of JSON (`muon-dist spectrum DIR` shows them); needs adaptive steps.
         telemetry_sinks: besides, "tensorboard" and "wandb".
+        replicate_momentum: whether every rank keeps the momentum of plain replicas, so that `state_dict()` is complete on each without
+            `consolidate()`; costs as much memory on every rank as the matrices have. None: under Hugging Face accelerate, which
+            saves without a chance to communicate; else owners alone keep it.
         nonfinite: what a NaN or infinity in any rank's gradient does: "skip" the step on all ranks, state included, counted
             in `skipped_steps`; or "raise" on all of them (costs a wait for the device).
 
@@ -138,6 +142,7 @@ class MuonDist(torch.optim.Optimizer):
         placement: str = "owner",
         symmetric_kernels: int | None = None,
         eps: float = 1e-20,
+        replicate_momentum: bool | None = None,
         nonfinite: str = "skip",
         extra_scale_factor: float = 1.0,
         deflation: int = 0,
@@ -153,6 +158,8 @@ class MuonDist(torch.optim.Optimizer):
     ) -> None:
         if nonfinite not in ("skip", "raise"):
             raise ValueError(f"nonfinite={nonfinite!r}: choose 'skip' or 'raise'")
+        if replicate_momentum is not None and not isinstance(replicate_momentum, bool):
+            raise ValueError(f"replicate_momentum={replicate_momentum!r}: give True, False, or None to leave it to the host")
         options = PlanOptions(bucket_mb=bucket_mb, placement=placement, symmetric_kernels=symmetric_kernels)
         if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
             raise ValueError(f"process_group must be a torch.distributed process group or None, got {process_group!r}")
@@ -187,7 +194,7 @@ class MuonDist(torch.optim.Optimizer):
         }
         wanted = telemetry_dir is not None or telemetry_sinks
         self._telemetry = Telemetry(telemetry_dir, telemetry_sinks) if wanted else None
-        self._options, self._nonfinite = options, nonfinite
+        self._options, self._nonfinite, self._replicate_momentum = options, nonfinite, replicate_momentum
         self._start_unbound(process_group, dict(layouts or {}))
         self._reading = False  # the constructor's groups are read as a whole, later ones as they come
         super().__init__(read_groups(params, defaults, self._layouts), defaults)
@@ -328,11 +335,13 @@ class MuonDist(torch.optim.Optimizer):
             all_names=self._all_names,
         )
         self._flag_group = self._agree_on_flag_group()
+        everywhere = _under_accelerate() if self._replicate_momentum is None else self._replicate_momentum
         for domain in self._domains:
+            domain.replicate_momentum = everywhere
             for bound in domain.parameters:
                 self._declare_state(bound.route, bound.parameter, bound.group)
             compare_state(domain, self.state)
-            self._complete_replicas(domain, everywhere=False)
+            self._complete_replicas(domain, everywhere=everywhere)
             for bound in domain.parameters:
                 self._allocate_state(domain, bound)
         self._has_copies = True
@@ -475,8 +484,9 @@ class MuonDist(torch.optim.Optimizer):
             if domain.adaptation.is_time_for_new_owners() and (better := rebalanced(domain, self._options)) is not None:
                 domain.adaptation.collect()  # into the rows, which the new owners' controllers share
                 better.left_out, better.iteration = domain.left_out, domain.iteration
+                better.replicate_momentum = domain.replicate_momentum
                 self._domains[k] = domain = better
-                self._complete_replicas(better, everywhere=False)
+                self._complete_replicas(better, everywhere=better.replicate_momentum)
                 for bound in better.parameters:
                     self._allocate_state(better, bound)
                 self._has_copies = True
@@ -547,6 +557,10 @@ class MuonDist(torch.optim.Optimizer):
             self._complete_replicas(domain, everywhere=True)
         self._has_copies = True
 
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """`consolidate()` by the name that torch's ZeroRedundancyOptimizer gave it, and Lightning calls; complete on all ranks."""
+        self.consolidate()
+
     def state_dict(self) -> dict[str, Any]:
         """The state per parameter, each in its parameter's own sharding. Never communicates.
 
@@ -567,7 +581,8 @@ class MuonDist(torch.optim.Optimizer):
         if missing:
             raise RuntimeError(
                 f"the momentum of {missing} replicated parameters lives with their owner ranks, so this state dict would be "
-                "incomplete. Call optimizer.consolidate() on all ranks first; then state_dict() is complete on each of them"
+                "incomplete. Call optimizer.consolidate() on all ranks first (of what accelerate has prepared: "
+                "optimizer.optimizer.consolidate()); then state_dict() is complete on each. Or construct with replicate_momentum=True"
             )
         own, self.state = self.state, complete  # hooks see what is returned
         try:
@@ -608,6 +623,7 @@ class MuonDist(torch.optim.Optimizer):
         own = {
             "options": self._options,
             "nonfinite": self._nonfinite,
+            "replicate_momentum": self._replicate_momentum,
             "detached": placed,
             "telemetry": self._telemetry,
         }
@@ -618,6 +634,13 @@ class MuonDist(torch.optim.Optimizer):
         super().__setstate__(state)
         if own is not None:  # unpickled: process groups and layouts don't travel
             self._options, self._nonfinite, self._telemetry = own["options"], own["nonfinite"], own["telemetry"]
+            self._replicate_momentum = own["replicate_momentum"]
             self._start_unbound(None, {})
             self._detached = own["detached"]
             self._reading = True
+
+
+def _under_accelerate() -> bool:
+    """Whether Hugging Face accelerate runs this process: it asks for state dicts where not all ranks take part."""
+    state = sys.modules.get("accelerate.state")
+    return state is not None and bool(state.PartialState._shared_state)

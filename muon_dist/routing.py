@@ -6,28 +6,16 @@ Nothing falls to AdamW silently: every parameter gets a `Route` that says why, a
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from . import roles
 from .polar.matrix_view import MatrixView, matrices_of
 
 ALGORITHMS = ("muon", "adamw")
-
-# Names of modules and parameters that map from symbols or positions, or to symbols. Compared with the last two parts of a
-# dotted name; a head counts only outside numbered layers, since attention has an "output" too.
-EMBEDDING_NAME = re.compile(
-    r"(^|_)(emb|embed|embedder|embeddings?)(_|$)|^(wte|wpe|shared|relative_(attention|position)_bias(_table)?)$|_token$"
-)
-HEAD_NAMES = frozenset(
-    {
-        *("lm_head", "head", "output_layer", "output", "unembed", "unembedding", "embed_out", "classifier", "score"),
-        "prediction_head",
-    }
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,20 +41,24 @@ def route_parameter(
     *,
     algorithm: str | None = None,
     module: nn.Module | None = None,
+    head: str | None = None,
     shape: Sequence[int] | None = None,
 ) -> Route:
-    """The route of one parameter from what is known of it: an explicit algorithm, its module's type, its name, its shape.
+    """The route of one parameter from what is known of it: an explicit algorithm, its module, its name, its shape.
 
-    `shape` is the whole parameter's where the tensor is a fragment of it.
+    Args:
+        module: the one it belongs to, behind wrappers, adapters and parametrisations; None where only the name is known.
+        head: why that module is an output head, where it is one.
+        shape: the whole parameter's, where the tensor is a fragment of it.
 
     Raises:
         ValueError: a parameter of two or three dimensions of which nothing but the shape is known.
     """
     shape = tuple(parameter.shape if shape is None else shape)
     ndim = len(shape)
-    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-    conv = isinstance(module, nn.modules.conv._ConvNd) or ndim > 3 or (ndim == 3 and "conv" in name.lower())
-    view = MatrixView(kind="conv" if conv and ndim > 2 else "matrix")
+    conv = isinstance(module, roles.CONVOLUTIONS) or ndim > 3 or (ndim == 3 and "conv" in name.lower())
+    rows = None if module is None else roles.matrices_of_convolution(module)
+    view = MatrixView(kind="conv" if conv and ndim > 2 else "matrix", split=(rows or None) if ndim > 2 else None)
     if algorithm is not None:
         if algorithm not in ALGORITHMS:
             raise ValueError(f"algorithm={algorithm!r} for {name or 'a parameter'}: choose 'muon' or 'adamw'")
@@ -77,40 +69,45 @@ def route_parameter(
         return Route(name=name, algorithm=algorithm, reason="asked for", view=view if algorithm == "muon" else None)
 
     def adamw(reason: str) -> Route:
-        return Route(name=name, algorithm="adamw", reason=reason)
+        return Route(name=name, algorithm="adamw", reason=f"{of}{reason}")
 
+    parts, lora = roles.plain_parts(name), roles.adapter(name)
+    of = "" if lora is None else f"{lora} of an adapter: "
     if ndim < 2:
         return adamw(f"{ndim}-D: not a matrix")
-    if transposed:
-        return adamw("transposed convolution: stored (in, out, *k), which is not read as a matrix")
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return adamw("embedding: rows are symbols, not outputs of a linear map")
     if module is None and not name and ndim <= 3:
         raise ValueError(
             f"a parameter of shape {shape} has no name, so an embedding can't be told from a weight matrix. Pass "
             'model.named_parameters(), build_param_groups(model), or groups with {"algorithm": "muon"} or {"algorithm": "adamw"}'
         )
-    parts = name.lower().split(".")
-    embedding = [part for part in parts[-2:] if EMBEDDING_NAME.search(part)]
-    head = HEAD_NAMES.intersection(parts[-2:])
-    if embedding:
-        return adamw(f"embedding, by its name ({embedding[0]})")
-    if head and not any(part.isdigit() for part in parts):
-        return adamw(f"output head, by its name ({min(head)})")
+    if isinstance(module, roles.EMBEDDINGS):
+        return adamw("embedding: rows are symbols, not outputs of a linear map")
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return adamw("transposed convolution: stored (in, out, *k), which is not read as a matrix")
+    if roles.is_map(module) and roles.is_weight_of_map(parts):
+        if head is not None:
+            return adamw(head)
+        if rows == 0 and ndim > 2:
+            return adamw(roles.DEPTHWISE)
+        if parts[-2:-1] and parts[-2].endswith("bias"):
+            return adamw(f"table of biases, by its name ({parts[-2]})")
+    elif name and (reason := roles.role_by_name(name, shape)) is not None:
+        return adamw(reason)
     if conv:
-        return Route(name=name, algorithm="muon", reason="convolution kernel, read as (out, in·k)", view=view)
+        several = f"{shape[0] // rows} groups of a convolution, each" if rows else "convolution kernel,"
+        return Route(name=name, algorithm="muon", reason=f"{of}{several} read as (out, in·k)", view=view)
     if ndim == 3:
-        return Route(name=name, algorithm="muon", reason=f"stack of {shape[0]} matrices", view=view)
-    return Route(name=name, algorithm="muon", reason="weight matrix", view=view)
+        return Route(name=name, algorithm="muon", reason=f"{of}stack of {shape[0]} matrices", view=view)
+    return Route(name=name, algorithm="muon", reason=f"{of}weight matrix", view=view)
 
 
 def build_param_groups(
     model: nn.Module,
     *,
-    muon: Sequence[str] = (),
-    adamw: Sequence[str] = (),
+    muon: Sequence[str] | str = (),
+    adamw: Sequence[str] | str = (),
     split: Mapping[str, Sequence[int] | int] | None = None,
-    transpose: Sequence[str] = (),
+    transpose: Sequence[str] | str = (),
     shapes: Mapping[str, Sequence[int]] | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
@@ -121,7 +118,7 @@ def build_param_groups(
 
     Args:
         model: its trainable parameters are grouped; frozen ones are left out.
-        muon, adamw: patterns of parameters that go there whatever the rules say.
+        muon, adamw: patterns of parameters that go there whatever the rules say; a string is one pattern.
         split: pattern -> sizes along the output dimension, one matrix each: (q, k, v) rows of a fused QKV of equal or
             grouped-query widths, (gate, up) rows, or one integer, the rows of every head.
         transpose: patterns of weights stored (in, out), such as GPT-2's Conv1D.
@@ -140,34 +137,34 @@ def build_param_groups(
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     whole_shapes = {name: tuple(p.shape) for name, p in named} | {name: tuple(shape) for name, shape in (shapes or {}).items()}
     names = [name for name, _ in named]
-    owners = {id(p): module for module in model.modules() for p in module.parameters(recurse=False)}
-    for embedding in model.modules():  # a tied weight is an embedding, whichever module comes last
-        if isinstance(embedding, (nn.Embedding, nn.EmbeddingBag)):
-            owners[id(embedding.weight)] = embedding
-    algorithms = _match({**{("muon", p): p for p in muon}, **{("adamw", p): p for p in adamw}}, names, "muon/adamw")
-    splits = _match({("split", p): p for p in split or {}}, names, "split")
-    transposes = _match({("transpose", p): p for p in transpose}, names, "transpose")
-    head = _output_head(model)
+    modules = roles.modules_by_path(model)
+    # a tied weight is an embedding, whichever module comes last
+    embeddings = {id(m._parameters.get("weight")): m for m in model.modules() if isinstance(m, roles.EMBEDDINGS)}
+    heads = roles.output_heads(model)
+    asked_for = [(kind, p) for kind, given in (("muon", muon), ("adamw", adamw)) for p in as_patterns(given, kind)]
+    if split is not None and not isinstance(split, Mapping):
+        raise ValueError(f"split maps patterns to sizes, such as {{{str(split)!r}: [q, k, v]}}, got {split!r}")
+    algorithms = _match(asked_for, names)
+    splits = _match([("split", p) for p in as_patterns(split or (), "split")], names)
+    transposes = _match([("transpose", p) for p in as_patterns(transpose, "transpose")], names)
 
     groups: dict[tuple[str, MatrixView | None], dict[str, Any]] = {}
     for name, p in named:
-        module: nn.Module | None = owners.get(id(p))
+        module = embeddings.get(id(p)) or modules.get(".".join(roles.plain_parts(name)[:-1])) or model
         asked = algorithms.get(name)
+        known: dict[str, Any] = {"module": module, "head": heads.get(id(module)), "shape": whole_shapes[name]}
         if asked is not None:
-            route = route_parameter(name, p, algorithm=asked[0], module=module, shape=whole_shapes[name])
+            route = route_parameter(name, p, algorithm=asked[0], **known)
             route = Route(name=name, algorithm=route.algorithm, reason=f"asked for by {asked[0]}={asked[1]!r}", view=route.view)
         else:
-            route = route_parameter(name, p, module=module, shape=whole_shapes[name])
-            if route.view is not None and head is not None and module is head:
-                reason = f"output head: the last linear layer, its {head.out_features} outputs are the symbols of an embedding"
-                route = Route(name=name, algorithm="adamw", reason=reason)
+            route = route_parameter(name, p, **known)
         if name in splits or name in transposes:
             if route.view is None:
                 kind = splits.get(name) or transposes[name]
                 raise ValueError(f"{kind[0]} pattern {kind[1]!r} matches {name}, which goes to {route.algorithm} ({route.reason})")
             sizes = split[splits[name][1]] if split is not None and name in splits else None
             sizes = sizes if sizes is None or isinstance(sizes, int) else tuple(sizes)
-            view = MatrixView(kind=route.view.kind, split=sizes, transpose=name in transposes)
+            view = MatrixView(kind=route.view.kind, split=route.view.split if sizes is None else sizes, transpose=name in transposes)
             route = Route(name=name, algorithm=route.algorithm, reason=route.reason, view=view)
         if route.view is not None:
             matrices_of(whole_shapes[name], route.view, name)  # sizes that don't add up are said here
@@ -180,19 +177,24 @@ def build_param_groups(
     return list(groups.values())
 
 
-def _output_head(model: nn.Module) -> nn.Linear | None:
-    """The last linear layer, if it maps to the symbols of the largest embedding. Hidden layers may have as many outputs by chance."""
-    vocabulary = max((m.num_embeddings for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))), default=None)
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    return linears[-1] if linears and linears[-1].out_features == vocabulary else None
+def as_patterns(given: Any, what: str) -> tuple[str, ...]:
+    """Patterns as a tuple; one string is one pattern.
 
-
-def _match(patterns: Mapping[tuple[str, str], str], names: Sequence[str], what: str) -> dict[str, tuple[str, str]]:
-    """Which (kind, pattern) each name is matched by; every pattern matches something and no name matches two."""
-    matched: dict[str, tuple[str, str]] = {}
-    for key, pattern in patterns.items():
+    Raises:
+        ValueError: anything but strings.
+    """
+    patterns = () if given is None else (given,) if isinstance(given, str) else tuple(given)
+    for pattern in patterns:
         if not isinstance(pattern, str):
             raise ValueError(f"{what} patterns are strings, got {pattern!r}")
+    return patterns
+
+
+def _match(patterns: Sequence[tuple[str, str]], names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Which (kind, pattern) each name is matched by; every pattern matches something and no name matches two."""
+    matched: dict[str, tuple[str, str]] = {}
+    for key in dict.fromkeys(patterns):
+        pattern = key[1]
         hits = [name for name in names if matches(pattern, name)]
         if not hits:
             raise ValueError(f"{key[0]} pattern {pattern!r} matches no trainable parameter. Names look like {', '.join(names[:4])}")

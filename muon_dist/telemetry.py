@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,7 @@ class Telemetry:
         self._sinks = Sinks("" if self.directory is None else self.directory, sinks)
         self.send = send
         self._begun: set[int] = set()
+        self._failed = False
 
     @staticmethod
     def _check_writable(directory: Path) -> None:
@@ -71,11 +73,17 @@ class Telemetry:
         domain = adaptation.domain
         if domain.me != 0:
             return
+        if self._failed:
+            return
         lines = [{**line, "params": params} for line in _lines(adaptation, set(decided))]
-        if self.directory is not None:
-            self._append(self.directory, domain, lines, params)
-        for line in lines:
-            self._send(line)
+        try:
+            if self.directory is not None:
+                self._append(self.directory, domain, lines, params)
+            for line in lines:
+                self._send(line)
+        except Exception as error:  # a full disk, a folder that is gone, a service: other ranks would wait for one that ends here
+            self._failed = True
+            warnings.warn(f"telemetry could not be written, and is not written any more; training goes on: {error!r}", stacklevel=2)
 
     def _append(self, directory: Path, domain: Domain, lines: Sequence[dict[str, Any]], params: int) -> None:
         directory.mkdir(parents=True, exist_ok=True)

@@ -104,7 +104,7 @@ def refused_placements(kind: str) -> str:
         p = DTensor.from_local(torch.ones(2, 4), mesh, [Shard(0)], run_check=False)
     p = nn.Parameter(p)
     if kind == "gradient":
-        p.grad = DTensor.from_local(torch.ones(4, 4), mesh, [Partial()], run_check=False)
+        p.grad = DTensor.from_local(torch.ones(4, 2), mesh, [Shard(1)], run_check=False)
     try:
         optimizer = MuonDist([("block.weight", p)], ns_steps=5)
         optimizer.step()

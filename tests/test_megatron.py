@@ -175,7 +175,8 @@ def test_every_matrix_is_orthogonalised_once_and_only_pieces_travel(ranks: int, 
     assert sorted(matrices) == sorted(SHAPES * setup.layers)
     for _, launches, _, names, _ in found:
         assert launches == 2  # one bucket: to the owners and back
-        assert set(names) == {"alltoall_base_"} and len(names) == 2  # nothing is gathered or reduced
+        # nothing is gathered; what is reduced is the count of updates that were left out
+        assert sorted(names) == ["allreduce_", "alltoall_base_", "alltoall_base_"]
     numel = setup.layers * NUMEL
     copies = 1 if setup.distributed_optimizer else ranks // setup.tp
     # there, from one copy of a piece each; back, to all of them; fp32. What an owner already has doesn't travel

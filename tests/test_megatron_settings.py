@@ -101,6 +101,7 @@ def test_every_argument_of_muondist_is_reachable_or_megatrons_to_decide() -> Non
         "process_group",
         "layouts",
         "nonfinite",
+        "replicate_momentum",
         "eps",
     }
     apart = {*PLAN_KEYS, "telemetry_dir", "telemetry_sinks"}  # arguments of the optimizer, not of its groups

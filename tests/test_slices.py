@@ -67,11 +67,11 @@ def test_a_slice_that_a_rank_stores_stays_and_gram_matrices_are_added_up_once_pe
     shapes = [(96, 32)] * 3  # tall, cut along rows
     segments = len(segments_of(schedule_for("jordan", 5).steps, 96, 32, torch.float32, SymmetricProducts("cpu")))
     for rank in run_ranks(world, stepped, shapes, 0, {"placement": "gram"}):
-        assert rank["collectives"] == {"allreduce_": 1 + 1 + segments}  # flags, norms, and all three matrices at once
+        assert rank["collectives"] == {"allreduce_": 1 + 2 + segments}  # flags, norms before and after, and all three matrices at once
         assert rank["added_up"] == 3 * segments * 32 * 32 * 4
         assert rank["load"].bytes_sent == rank["added_up"] * 2 * (world - 1) // world
     for rank in run_ranks(world, stepped, [(32, 96)] * 3, 0, {"placement": "gram"}):  # wide: columns are worked on, rows are stored
-        assert rank["collectives"] == {"allreduce_": 1 + 1 + segments, "alltoall_base_": 2}
+        assert rank["collectives"] == {"allreduce_": 1 + 2 + segments, "alltoall_base_": 2}
 
 
 def test_slices_cost_each_rank_a_share_of_the_length_and_all_of_the_gram_matrix() -> None:

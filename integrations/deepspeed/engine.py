@@ -16,6 +16,9 @@ import muon_dist
 from .optimizer import MuonDist, building
 from .settings import rates_per_group, refuse_unsupported
 
+# What "type" may be in a config
+SPELLINGS = ("MuonDist", "muondist", "Muondist", "MUONDIST", "muon_dist", "Muon_Dist", "MUON_DIST", "muon-dist", "Muon-Dist")
+
 
 def register() -> None:
     """Make `"type": "MuonDist"` known to DeepSpeed. Nothing happens the second time.
@@ -28,9 +31,11 @@ def register() -> None:
     original = getattr(DeepSpeedEngine, "_configure_optimizer", None)
     if original is None or not hasattr(zero_utils, "ZERO_SUPPORTED_OPTIMIZERS"):
         raise ImportError(f"muon_dist was tested with DeepSpeed 0.19.8; deepspeed {deepspeed.__version__} takes optimizers in another way")
-    torch.optim.MuonDist = MuonDist  # type: ignore[attr-defined]  # DeepSpeed looks optimizers up there
+    for spelling in SPELLINGS:
+        setattr(torch.optim, spelling, MuonDist)  # DeepSpeed looks optimizers up there
     zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(MuonDist)
     DeepSpeedEngine._configure_optimizer = _told(original)
+    DeepSpeedEngine.get_mom = _with_momentum(DeepSpeedEngine.get_mom)
 
 
 def untag(module: torch.nn.Module) -> None:
@@ -38,6 +43,18 @@ def untag(module: torch.nn.Module) -> None:
     for p in module.parameters():
         if hasattr(p, "use_muon"):
             del p.use_muon
+
+
+def _with_momentum(get_mom: Callable[..., Any]) -> Callable[..., Any]:
+    """DeepSpeed reports "betas" of every group, and 0 for one without."""
+
+    @functools.wraps(get_mom)
+    def with_momentum(engine: Any) -> Any:
+        if isinstance(engine.basic_optimizer, MuonDist):
+            return [group["momentum"] if group["algorithm"] == "muon" else group["betas"] for group in engine.optimizer.param_groups]
+        return get_mom(engine)
+
+    return with_momentum
 
 
 def _told(original: Callable[..., None]) -> Callable[..., None]:

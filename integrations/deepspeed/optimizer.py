@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from muon_dist.groups import STRUCTURE, group_routes, read_groups
 from muon_dist.polar.polynomials import Schedule
-from muon_dist.routing import Route, build_param_groups, matches
+from muon_dist.routing import Route, as_patterns, build_param_groups, matches
 from muon_dist.sharding.layout import ShardLayout
 from muon_dist.sharding.plan import Plan
 from muon_dist.telemetry import Telemetry
 
 from ..part import Part, all_holders, new_state, not_finite
+from ..settings import names_given, naming
 from .settings import plan_options, read_settings, refuse_unsupported
 from .tensor_parallel import local_shape, tensor_parallel_group, whole_shape
 from .views import mismatch, views_of
@@ -86,7 +87,9 @@ class MuonDist(torch.optim.Optimizer):
             members = [m if isinstance(m, tuple) else ("", m) for m in group["params"]]
             shapes = {name: ShardLayout(global_shape=whole_shape(p, name)) for name, p in members if name}
             options = {key: value for key, value in group.items() if key not in HOST_KEYS}
-            for complete in read_groups([{**options, "params": members}], arguments, shapes):
+            with naming(names_given(settings)):
+                complete_groups = read_groups([{**options, "params": members}], arguments, shapes)
+            for complete in complete_groups:
                 named = [m if isinstance(m, tuple) else ("", m) for m in complete.pop("params")]
                 complete["param_names"], complete["params"] = [n for n, _ in named], [p for _, p in named]
                 groups.append({**complete, **{key: group[key] for key in HOST_KEYS & set(group)}})
@@ -223,6 +226,11 @@ class MuonDist(torch.optim.Optimizer):
         own = 0 if self._skipped is None else int(self._skipped.item())
         return own + sum(part.optimizer.skipped_steps for part in self._parts or ())
 
+    @property
+    def skipped_updates(self) -> int:
+        """As `muon_dist.MuonDist.skipped_updates`. Waits for the device."""
+        return sum(part.optimizer.skipped_updates for part in self._parts or ())
+
     # ----------------------------------------------------------------------------------------------------- state dicts
 
     def state_dict(self) -> dict[str, Any]:
@@ -307,9 +315,9 @@ def _groups_by_name(engine: Any, params: Iterable[Any], patterns: Mapping[str, A
     names = {p: name for name, p in model.named_parameters()}
     shapes = {name: whole_shape(p, name) for p, name in names.items()}
     asked = dict(patterns)
-    taken = [*_listed(asked.get("muon")), *_listed(asked.get("adamw"))]
+    taken = [*as_patterns(asked.get("muon"), "muon"), *as_patterns(asked.get("adamw"), "adamw")]
     symbols = [name for name in _symbol_weights(model) if not any(matches(pattern, name) for pattern in taken)]
-    asked["adamw"] = [*_listed(asked.get("adamw")), *map(_exactly, symbols)]
+    asked["adamw"] = [*as_patterns(asked.get("adamw"), "adamw"), *map(_exactly, symbols)]
     routed = {}
     for group in build_param_groups(model, shapes=shapes, **asked):
         view: dict[str, Any] = {key: group[key] for key in ("kind", "split", "transpose") if key in group}
@@ -335,10 +343,6 @@ def _groups_by_name(engine: Any, params: Iterable[Any], patterns: Mapping[str, A
             part["reasons"].append(reason)
         result += parts.values()
     return result
-
-
-def _listed(patterns: Any) -> list[str]:
-    return [] if patterns is None else [patterns] if isinstance(patterns, str) else list(patterns)
 
 
 def _exactly(name: str) -> str:

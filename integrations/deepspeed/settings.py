@@ -2,64 +2,34 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from muon_dist.groups import PLAN_KEYS, PlanOptions
 
-from ..part import DEFAULTS
+from .. import settings
 
-# build_param_groups' own
-PATTERNS = ("muon", "adamw", "split", "transpose")
-# What the host decides, or what has no meaning under it
+# What DeepSpeed decides, or what has no meaning under it
 _NOT_HERE = {
     "params": "the model's parameters come from deepspeed.initialize",
     "layouts": "DeepSpeed tells where pieces lie",
     "process_group": "DeepSpeed tells who shares parameters",
+    "replicate_momentum": "DeepSpeed keeps and saves the state",
     "nonfinite": "DeepSpeed decides which steps are left out",
-    "ns_method": "it chooses a code path of DeepSpeed's own Muon. Remove it",
-    "max_grad_norm": 'use DeepSpeed\'s "gradient_clipping", which clips gradients',
-    "bias_correction": "AdamW is always bias-corrected. Remove it",
 }
-# Names that DeepSpeed's users write, and ours
-_RENAMED = {"betas": "adam_betas", "eps": "adam_eps", "muon_eps": "eps"}
-# Habits that are met anyway with these values
-_MET = {"torch_adam": (True, False), "adam_w_mode": (True,), "fp32_optimizer_states": (True,), "foreach": (True, None)}
 
 
 def read_settings(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The optimizer's arguments and the patterns of `build_param_groups`, from what a config or a caller gave.
 
-    "betas" and "eps" are AdamW's, as everywhere in DeepSpeed; "muon_eps" is the smallest norm that Muon divides by.
-
     Raises:
         ValueError: a key that nothing takes, with the nearest one that is taken, or a habit of DeepSpeed that can't be met.
     """
-    arguments, patterns = {}, {}
-    known = (set(DEFAULTS) - set(_NOT_HERE) - {"eps"}) | set(_RENAMED) | set(PATTERNS) | set(_MET)
-    for key, value in given.items():
-        if key in _NOT_HERE:
-            raise ValueError(f'MuonDist under DeepSpeed does not take "{key}": {_NOT_HERE[key]}')
-        if key not in known:
-            near = difflib.get_close_matches(key, sorted(known), n=1)
-            hint = f'did you mean "{near[0]}"?' if near else f"it takes {', '.join(sorted(known))}"
-            raise ValueError(f'MuonDist does not take "{key}": {hint}')
-        if key in _MET:
-            if value not in _MET[key]:
-                raise ValueError(f"\"{key}\": {value!r} can't be met: MuonDist's other half is AdamW with fp32 state. Remove it")
-        elif key in PATTERNS:
-            patterns[key] = value
-        else:
-            name = _RENAMED.get(key, key)
-            if name in arguments:
-                raise ValueError(f'"{key}" and "{name}" say the same: give one')
-            arguments[name] = tuple(value) if name == "adam_betas" and isinstance(value, list) else value
-    polynomial = arguments.get("polynomial")
-    if isinstance(polynomial, list):  # JSON has no tuples
-        arguments["polynomial"] = tuple(tuple(step) if isinstance(step, list) else step for step in polynomial)
-    plan_options({**DEFAULTS, **arguments})  # raises
-    return {**{k: v for k, v in DEFAULTS.items() if k not in _NOT_HERE}, **arguments}, patterns
+    arguments, patterns = settings.read_settings(given, _NOT_HERE, "DeepSpeed")
+    complete = {**{k: v for k, v in settings.DEFAULTS.items() if k not in _NOT_HERE}, **arguments}
+    with settings.naming(settings.names_given(given)):
+        plan_options(complete)  # raises
+    return complete, patterns
 
 
 def plan_options(arguments: Mapping[str, Any]) -> PlanOptions:

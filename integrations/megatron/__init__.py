@@ -4,6 +4,12 @@ importing this in the script does the same.
 README.md beside this file has the support table and what each flag does.
 """
 
+import os
+import sys
+
+if sys.argv[0] == "-m" and len(sys.argv) > 1:  # `python -m` imports this before __main__ runs: the script's own megatron wins
+    sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[1])))
+
 from .arguments import add_muon_dist_args
 from .host import register
 from .optimizer import MuonDistOptimizer, get_muon_dist_optimizer

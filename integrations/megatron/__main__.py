@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import runpy
 import sys
+from typing import Any
+
+import muon_dist
 
 from . import host  # noqa: F401  # its package registers MuonDist
 
@@ -15,7 +19,12 @@ def main(arguments: list[str]) -> int:
         print(f"{asked}usage: python -m muon_dist.integrations.megatron pretrain_gpt.py --optimizer muon_dist [flags]", file=sys.stderr)
         return 2
     sys.argv = arguments
-    sys.path.insert(0, os.path.dirname(os.path.abspath(arguments[0])))  # as `python SCRIPT` does
+    folder = os.path.dirname(os.path.abspath(arguments[0]))
+    if sys.path[:1] != [folder]:
+        sys.path.insert(0, folder)  # as `python SCRIPT` does; the package has done so already
+    core: Any = importlib.import_module("megatron.core")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"muon_dist {muon_dist.__version__} in Megatron core {core.__version__}, {os.path.dirname(core.__file__)}", flush=True)
     runpy.run_path(arguments[0], run_name="__main__")
     return 0
 

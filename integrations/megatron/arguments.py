@@ -7,17 +7,30 @@ from typing import Any
 
 from muon_dist.sharding.owners import PLACEMENTS
 
-from .settings import GIVEN, NAME, TOLD_APART
+from .settings import GIVEN, NAME, PRECISIONS, TOLD_APART
 
 # Set on Megatron's parsed flags where --optimizer is muon_dist. Megatron itself reads "adam" there: it refuses the distributed
 # optimizer and overlap for names that it doesn't know, and MuonDist goes into the wrappers that it builds for Adam.
 ASKED = "muon_dist"
 
 
+_NESTEROV = ("--muon-nesterov", "--muon-use-nesterov")
+
+
+class AdamForMuonDist(str):
+    """ "adam" for Megatron, in the place of muon_dist: it keeps what was meant in whatever config it is copied into."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return str, (str(self),)  # checkpoints keep the flags, and may be read without this package
+
+    def __deepcopy__(self, memo: Any) -> AdamForMuonDist:
+        return self
+
+
 class _Optimizer(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         setattr(namespace, ASKED, values == NAME)
-        namespace.optimizer = "adam" if values == NAME else values
+        namespace.optimizer = AdamForMuonDist("adam") if values == NAME else values
 
 
 class _Given(argparse.Action):
@@ -51,6 +64,13 @@ def add_muon_dist_args(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         more: dict[str, Any] = {"choices": theirs.choices, "help": theirs.help} if theirs is not None else {}
         group.add_argument(option, type=kind, default=None if theirs is None else theirs.default, action=_Given, **more)
     add = group.add_argument
+    nesterov = [option for option in _NESTEROV if option in known]
+    for option in _NESTEROV if nesterov else ():  # 0.16 and 0.19 have one of them each
+        if option not in known:
+            add(option, action="store_true", dest=known[nesterov[0]].dest, help=known[nesterov[0]].help)
+    if "--muon-fp32-matmul-prec" in known:  # "highest" is what Megatron's config takes beside its parser's choices
+        theirs = known["--muon-fp32-matmul-prec"]
+        add(theirs.option_strings[0], default=theirs.default, choices=PRECISIONS, help=theirs.help)
     add("--muon-no-split-fc1", action="store_false", dest="muon_split_fc1", help="Gate and up of a gated MLP as one matrix.")
     add("--muon-lr", type=float, help="Peak learning rate of Muon's matrices; --lr is then that of all others. Both follow the schedule.")
     add("--muon-coverage", type=float, help="Share of every matrix's directions that the adaptive steps bring near 1 (.9).")

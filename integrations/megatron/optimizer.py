@@ -26,10 +26,12 @@ from muon_dist.polar.polynomials import Schedule
 from muon_dist.routing import Route
 from muon_dist.sharding.plan import Plan
 from muon_dist.telemetry import Telemetry
+from muon_dist.version import __version__ as version
 
-from ..part import DEFAULTS, Part, View, new_state, not_finite
+from ..part import Part, View, new_state, not_finite
+from ..settings import DEFAULTS, naming
 from .parameters import Described, Groups, describe, groups_of, whole_model
-from .settings import MuonDistConfig, arguments, completed, plan_options, refuse_unsupported
+from .settings import FLAGS, MuonDistConfig, arguments, completed, plan_options, refuse_unsupported
 from .wrappers import FlatBuffers, Piece, absent, pieces, whole_piece
 
 # What saved groups carry of ours: Megatron's wrappers pass groups through as they are
@@ -66,6 +68,8 @@ class MuonDist(torch.optim.Optimizer):
         self.all_names: Sequence[str] = ()
         self.model_numel = 0
         self.others_spectra: dict[str, Tensor] = {}  # of parameters that other ranks have, for a checkpoint that is being written
+        self.others_step = 0  # taken by other ranks, where this one has nothing; for such a checkpoint, too
+        self._loaded_step = 0.0
 
     # --------------------------------------------------------------------------------------------------------- binding
 
@@ -106,7 +110,10 @@ class MuonDist(torch.optim.Optimizer):
         for p in absent(self._wrapper, self._pieces):
             described = self._described[p]
             empty = torch.empty(0, dtype=torch.float32, device=p.device)
-            self._elsewhere[empty] = new_state(empty, described.route.algorithm)
+            self._elsewhere[empty] = {
+                **new_state(empty, described.route.algorithm),
+                "step": torch.full((), self._loaded_step, device=p.device),
+            }
             result.append((whole_piece(p, empty, known[described.name], numel=0), described))
         return result
 
@@ -118,7 +125,8 @@ class MuonDist(torch.optim.Optimizer):
             asked: dict[str, Any] = {"params": [(described.name, piece.tensor)], "algorithm": described.route.algorithm}
             if described.split is not None:
                 asked["split"] = described.split
-            self._groups += read_groups([asked], {**DEFAULTS, **self._given}, {described.name: layout})
+            with naming(FLAGS):
+                self._groups += read_groups([asked], {**DEFAULTS, **self._given}, {described.name: layout})
         return View(
             tensor=piece.tensor,
             span=None,
@@ -177,7 +185,16 @@ class MuonDist(torch.optim.Optimizer):
     def plans(self) -> list[tuple[tuple[int, ...], Plan]]:
         return [] if self._part is None else self._part.plans
 
+    @property
+    def skipped_updates(self) -> int:
+        return 0 if self._part is None else self._part.optimizer.skipped_updates
+
     # ----------------------------------------------------------------------------------------------------- state dicts
+
+    @property
+    def steps_taken(self) -> int:
+        """0 where this rank has no parameters of the wrapper's."""
+        return max((int(entry["step"].item()) for entry in self.state.values()), default=0)
 
     def spectra(self) -> dict[str, Tensor]:
         """The measured spectra of this rank's parameters, by name, those under way included."""
@@ -191,7 +208,7 @@ class MuonDist(torch.optim.Optimizer):
         packed = super().state_dict()
         # every rank compares and loads the count, which has no place on a device of one of them
         state = {key: {**entry, "step": entry["step"].cpu()} for key, entry in packed["state"].items()}
-        step = max((int(entry["step"].item()) for entry in state.values()), default=0)
+        step = max(self.steps_taken, self.others_step)
         spectra = {**self.others_spectra, **self.spectra()}
         kept = json.dumps({"muon": sorted(self.all_names), "spectra": {name: _numbers(rows) for name, rows in spectra.items()}})
         return {"state": state, "param_groups": [{**group, "step": step, SAVED: kept} for group in packed["param_groups"]]}
@@ -223,6 +240,7 @@ class MuonDist(torch.optim.Optimizer):
             step = max(step, float(group.pop("step", 0.0)))
             group.pop(SAVED)
         self._spectra.update({name: _rows(rows) for name, rows in kept.get("spectra", {}).items()})
+        self._loaded_step = step
         for state in (*self.state.values(), *self._elsewhere.values()):  # Megatron has one count for all
             device = next(iter(state.values())).device
             state["step"] = torch.full((), step, dtype=torch.float32, device=device)
@@ -239,13 +257,18 @@ def _rows(numbers: list[list[float | None]]) -> Tensor:
 
 @contextmanager
 def _matmul_precision(wanted: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    if wanted != "medium":  # there Newton–Schulz is in bf16, and nothing else multiplies
-        torch.set_float32_matmul_precision(wanted)
+    """torch's precision of that name for fp32 products; for "low" and "medium" Newton–Schulz is in bf16, and nothing else multiplies."""
+    backends: Any = torch.backends
+    matmuls = (backends.cuda.matmul, backends.mkldnn.matmul)
+    before = [matmul.fp32_precision for matmul in matmuls]
+    asked = {"high": "tf32", "highest": "ieee"}.get(wanted)
     try:
+        for matmul in matmuls if asked is not None else ():
+            matmul.fp32_precision = asked
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for matmul, was in zip(matmuls, before, strict=True):
+            matmul.fp32_precision = was
 
 
 class MuonDistOptimizer(ChainedOptimizer):
@@ -255,9 +278,11 @@ class MuonDistOptimizer(ChainedOptimizer):
     `step` then returns False, and `skipped_steps` counts it.
     """
 
-    def __init__(self, chained_optimizers: list[Any], groups: Groups, routes: list[Route]) -> None:
+    def __init__(
+        self, chained_optimizers: list[Any], groups: Groups, routes: list[Route], config: MuonDistConfig, given: Mapping[str, Any]
+    ) -> None:
         super().__init__(chained_optimizers)
-        self._groups = groups
+        self._groups, self._config, self._given = groups, config, given
         self._inside: list[MuonDist] = [o.optimizer for o in chained_optimizers if isinstance(o.optimizer, MuonDist)]
         self.routes = routes  # of every parameter of this rank's model, with the reason
         self.skipped_steps = 0
@@ -272,33 +297,111 @@ class MuonDistOptimizer(ChainedOptimizer):
         """As `muon_dist.MuonDist.plans`, of all wrappers. Empty before the first step."""
         return [plan for inside in self._inside for plan in inside.plans]
 
+    @property
+    def skipped_updates(self) -> int:
+        """As `muon_dist.MuonDist.skipped_updates`. Waits for the device."""
+        return sum(inside.skipped_updates for inside in self._inside)
+
+    def summary(self) -> str:
+        """What really trains the model, in a few lines: routes by kind, steps, placement. Of this rank's part of it."""
+        given, config = self._given, self._config
+        kinds: dict[tuple[str, str], int] = {}
+        for route in self.routes:
+            kinds[route.algorithm, route.reason] = kinds.get((route.algorithm, route.reason), 0) + 1
+        lines = [
+            f"{count:6} {'Muon' if algorithm == 'muon' else 'AdamW':6} {reason}" for (algorithm, reason), count in sorted(kinds.items())
+        ]
+        if given["ns_steps"] == "adaptive":
+            bounds = [f"{key} {given[key]}" for key in ("coverage", "tol", "min_ns_steps", "max_ns_steps") if given[key] is not None]
+            steps = f"adaptive ({', '.join(bounds) or 'defaults'})"
+        else:
+            steps = f"{config.muon_num_ns_steps}, {config.muon_coefficient_type or 'quintic'}"
+        rates = f"momentum {given['momentum']}{', Nesterov' if given['nesterov'] else ''}; scale {config.muon_scale_mode} × "
+        return "\n".join(
+            [
+                f"------------------------ muon_dist {version} ------------------------",
+                "This is what trains; --optimizer adam, --muon-tp-mode and --muon-coefficient-type above are what Megatron sees:",
+                *lines,
+                f"  Newton–Schulz steps: {steps}; the whole matrix's update at any tensor-parallel size; placement {config.muon_placement}",
+                f"  {rates}{config.muon_extra_scale_factor}; deflation {config.muon_deflation}",
+                "--------------------------------------------------------------------",
+            ]
+        )
+
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
         """Step all wrappers, or none of them. Collective over all ranks."""
-        device = torch.device(torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        bad = not_finite((g for inside in self._inside for g in inside.gradients()), device).to(torch.int32)
+        bad = not_finite((g for inside in self._inside for g in inside.gradients()), _device()).to(torch.int32)
         dist.all_reduce(bad, dist.ReduceOp.MAX)
         if bad.item():  # Megatron has just waited for the norm of the gradients
             self.skipped_steps += 1
             return False
         return bool(super().step_with_ready_grads())
 
+    def load_state_dict(self, state_dict: Any) -> None:
+        """As Megatron's; what it would end in a bare error for gets a sentence.
+
+        Raises:
+            ValueError: another optimizer's state, or groups with other learning rates or weight decays than those of this run.
+        """
+        saved = state_dict.values() if all(isinstance(key, int) for key in state_dict) else [state_dict]
+        inner = [each.get("optimizer", each) for each in saved if isinstance(each, Mapping)]
+        groups = [group for each in inner if isinstance(each, Mapping) for group in each.get("param_groups", ())]
+        if any(isinstance(group, Mapping) and SAVED not in group for group in groups):
+            raise ValueError(FOREIGN)
+        try:
+            super().load_state_dict(state_dict)
+        except (KeyError, ValueError) as error:
+            if isinstance(error, ValueError) and "parameter group" not in str(error):
+                raise
+            raise ValueError(
+                f"Megatron finds a checkpoint's parameter groups by their learning rates and weight decays, and none of them has those "
+                f"of this run ({error}). Give --lr, --min-lr, --weight-decay and their like as they were when it was saved; or start from "
+                "the weights alone: --no-load-optim"
+            ) from error
+
+    def _refuse_other_form(self, metadata: Any) -> None:
+        """Raise where a checkpoint has the distributed optimizer's flat buffers and this run has not, or the other way round."""
+        if not metadata or not self._inside:
+            return
+        flat, saved_flat = any(isinstance(o, FlatBuffers) for o in self.chained_optimizers), "distrib_optim_sharding_type" in metadata
+        if flat != saved_flat:
+            was, now = (f"{'with' if each else 'without'} --use-distributed-optimizer" for each in (saved_flat, flat))
+            raise ValueError(
+                f"this checkpoint was saved {was} and is loaded {now}, which Megatron stores in another form. Give the flag as it was "
+                "saved, or start from the weights alone: --no-load-optim"
+            )
+
     def sharded_state_dict(self, model_sharded_state_dict: Any, is_loading: bool = False, **options: Any) -> Any:
         """As Megatron's, with the spectra of all pipeline stages and experts. Collective when saving."""
         if is_loading:
+            self._refuse_other_form(options.get("metadata"))
             return super().sharded_state_dict(model_sharded_state_dict, is_loading, **options)
+        steps = torch.tensor([inside.steps_taken for inside in self._inside], dtype=torch.int64, device=_device())
+        dist.all_reduce(steps, dist.ReduceOp.MAX)
         known = [inside.spectra() for inside in self._inside]
         for group in (self._groups.pp, self._groups.ep):
             told: list[Any] = [None] * dist.get_world_size(group)
             dist.all_gather_object(told, known, group=group)
             known = [{name: rows for spectra in each for name, rows in spectra.items()} for each in zip(*told, strict=True)]
         try:
-            for inside, spectra in zip(self._inside, known, strict=True):
-                inside.others_spectra = spectra
+            for inside, spectra, step in zip(self._inside, known, steps.tolist(), strict=True):
+                inside.others_spectra, inside.others_step = spectra, step
             return super().sharded_state_dict(model_sharded_state_dict, is_loading, **options)
         finally:
             for inside in self._inside:
-                inside.others_spectra = {}
+                inside.others_spectra, inside.others_step = {}, 0
+
+
+# Of a checkpoint that Megatron's Adam or Muon wrote
+FOREIGN = (
+    "this checkpoint's optimizer state is not MuonDist's in this form: it was written by another optimizer, or with the distributed "
+    "optimizer where this run has none, or the other way round. To start from its weights alone: --no-load-optim, or --finetune"
+)
+
+
+def _device() -> torch.device:
+    return torch.device(torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def get_muon_dist_optimizer(
@@ -340,7 +443,7 @@ def get_muon_dist_optimizer(
         wrapper.optimizer = inside
         if isinstance(wrapper, DistributedOptimizer):
             wrapper.__class__ = FlatBuffers  # it was built complete; this changes how checkpoints read its state
-    return MuonDistOptimizer(wrappers, groups, [each.route for each in described.values()])
+    return MuonDistOptimizer(wrappers, groups, [each.route for each in described.values()], config, given)
 
 
 def _telemetry(config: MuonDistConfig) -> Telemetry | None:

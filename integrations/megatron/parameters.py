@@ -11,7 +11,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from muon_dist.routing import Route, matches, route_parameter
+from muon_dist.routing import Route, as_patterns, matches, route_parameter
 from muon_dist.sharding.layout import ShardLayout
 
 from ..part import all_holders
@@ -110,6 +110,8 @@ def _route(name: str, p: Any, module: nn.Module, asked: tuple[str, str] | None) 
         return Route(name=name, algorithm=route.algorithm, reason=f"asked for by {asked[1]!r}", view=route.view)
     if getattr(p, "is_embedding_or_output_parameter", False):
         return Route(name=name, algorithm="adamw", reason="embedding or output head, as Megatron marks it")
+    if getattr(p, "use_muon", True) is False:
+        return Route(name=name, algorithm="adamw", reason="use_muon is False, as Megatron marks it")
     if p.ndim != 2:
         return Route(name=name, algorithm="adamw", reason=f"{p.ndim}-D: not a matrix")
     return route_parameter(name, p, module=module)
@@ -121,7 +123,11 @@ def _asked(names: Sequence[str], config: MuonDistConfig) -> dict[str, tuple[str,
     Raises:
         ValueError: a pattern that matches nothing on any rank, or two that match one name.
     """
-    patterns = [("muon", pattern) for pattern in config.muon_params] + [("adamw", pattern) for pattern in config.muon_adamw_params]
+    patterns = [
+        (kind, pattern)
+        for kind, flag in (("muon", "muon_params"), ("adamw", "muon_adamw_params"))
+        for pattern in as_patterns(getattr(config, flag), flag)
+    ]
     if not patterns:
         return {}
     hits = {pattern: [name for name in names if matches(pattern, name)] for _, pattern in patterns}

@@ -11,13 +11,16 @@ from typing import Any
 from megatron.core.optimizer import OptimizerConfig
 from torch import nn
 
-from muon_dist.groups import PLAN_KEYS, PlanOptions
+from muon_dist.groups import PLAN_KEYS, POLICY_KEYS, PlanOptions
 from muon_dist.polar.polynomials import Coefficients
+
+from ..settings import naming
 
 NAME = "muon_dist"
 # Fields whose default here is not that of Megatron's flag; the command line tells in GIVEN which of them were given.
 TOLD_APART = ("muon_num_ns_steps", "muon_coefficient_type", "muon_tp_mode")
 GIVEN = "muon_given"
+PRECISIONS = ("low", "medium", "high", "highest")
 
 
 @dataclass
@@ -105,6 +108,21 @@ COEFFICIENTS: dict[str, tuple[tuple[Coefficients, ...], str]] = {
     "deepseekv4": ((_JORDAN,) * 8 + ((2.0, -1.5, 0.5),) * 2, "last"),  # DeepSeek-V4's report
 }
 
+# Arguments of `MuonDist` -> the flags that set them, for errors
+FLAGS = {
+    **{
+        key: f"--muon-{key.replace('_', '-')}"
+        for key in (*sorted(POLICY_KEYS), *PLAN_KEYS, "momentum", "nesterov", "deflation", "wire_dtype")
+    },
+    "ns_steps": "--muon-num-ns-steps",
+    "extra_scale_factor": "--muon-extra-scale-factor",
+    "floor": "--muon-noise-floor",
+    "adam_betas": "--adam-beta1 and --adam-beta2",
+    "adam_eps": "--adam-eps",
+    "lr": "--lr",
+    "weight_decay": "--weight-decay",
+}
+
 # Megatron's scales in ours: (adjust_lr_fn, what it is multiplied by)
 SCALES = {
     "spectral": ("match_rms_adamw", 5.0),  # √max(out, in); "match_rms_adamw" is a fifth of it
@@ -151,9 +169,10 @@ def arguments(config: Any) -> dict[str, Any]:
     else:
         polynomial, steps = coefficients("quintic" if name is None else name, steps), 5  # a list says its own length
     precision = config.muon_fp32_matmul_prec
-    if precision not in ("medium", "high", "highest"):
-        raise ValueError(f"muon_fp32_matmul_prec={precision!r}: choose 'medium' (bf16 on a GPU), 'high' or 'highest'")
-    plan_options(config)  # raises
+    if precision not in PRECISIONS:
+        raise ValueError(f"muon_fp32_matmul_prec={precision!r}: choose 'low' or 'medium' (bf16 on a GPU), 'high' or 'highest'")
+    with naming(FLAGS):
+        plan_options(config)  # raises
     adjust, factor = SCALES[config.muon_scale_mode]
     return {
         "momentum": config.muon_momentum,
@@ -162,7 +181,7 @@ def arguments(config: Any) -> dict[str, Any]:
         "polynomial": polynomial,
         "adjust_lr_fn": adjust,
         "extra_scale_factor": factor * config.muon_extra_scale_factor,
-        "compute_dtype": None if precision == "medium" else "fp32",
+        "compute_dtype": None if precision in ("low", "medium") else "fp32",
         "wire_dtype": config.muon_wire_dtype,
         "adam_betas": (config.adam_beta1, config.adam_beta2),
         "adam_eps": config.adam_eps,
@@ -183,6 +202,11 @@ REFUSED: tuple[tuple[str, Callable[[Any, Any, Any], Any], str], ...] = (
         "muon_tp_mode",
         lambda c, d, m: c.muon_tp_mode is not None,
         "the update is that of the whole matrix at any tensor-parallel size. Leave it out",
+    ),
+    (
+        "muon_use_syrk",
+        lambda c, d, m: getattr(c, "muon_use_syrk", False),
+        "it chooses a kernel of Megatron's Muon. --muon-symmetric-kernels ROWS is MuonDist's",
     ),
     (
         "muon_scalar_optimizer other than adam",

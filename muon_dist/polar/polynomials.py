@@ -95,7 +95,7 @@ def schedule_for(polynomial: Polynomial, steps: int) -> Schedule:
         ValueError: an unknown name, a malformed triple, or a step count the family doesn't have.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps < MAX_STEPS:
-        raise ValueError(f"steps must be an integer from 1 to {MAX_STEPS - 1}, got {steps!r}")
+        raise ValueError(f"ns_steps must be an integer from 1 to {MAX_STEPS - 1}, got {steps!r}")
     if isinstance(polynomial, str):
         return _named(polynomial, steps)
     if isinstance(polynomial, Sequence) and len(polynomial) == 3 and all(isinstance(c, (int, float)) for c in polynomial):

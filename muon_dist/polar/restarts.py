@@ -147,9 +147,7 @@ def _trial_matrices() -> Tensor:
     return torch.from_numpy((left * spectra[:, :, None]) @ right)
 
 
-def iterate(
-    x: Tensor, steps: Sequence[Coefficients], segments: Sequence[int], rounded: Rounding, factor: Rounding = lambda t: t
-) -> Tensor:
+def iterate(x: Tensor, steps: Sequence[Coefficients], segments: Sequence[int], rounded: Rounding, factor: Rounding = lambda t: t) -> Tensor:
     """Newton–Schulz in segments on (…, m, n), m <= n, written for reading; `rounded` is applied to every result, `factor` to what a
     product multiplies.
 
