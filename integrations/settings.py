@@ -65,9 +65,9 @@ def read_settings(given: Mapping[str, Any], not_here: Mapping[str, str], host: s
             name = RENAMED.get(key, key)
             if name in arguments:
                 raise ValueError(f'"{key}" and "{name}" say the same: give one')
-            arguments[name] = value
+            arguments[name] = tuple(value) if name == "adam_betas" and isinstance(value, list) else value  # JSON has no tuples
     polynomial = arguments.get("polynomial")
-    if isinstance(polynomial, list):  # JSON has no tuples
+    if isinstance(polynomial, list):
         arguments["polynomial"] = tuple(tuple(step) if isinstance(step, list) else step for step in polynomial)
     return arguments, patterns
 

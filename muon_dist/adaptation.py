@@ -71,7 +71,7 @@ class Adaptation:
         for b in domain.parameters:
             self.controllers += b.controllers or [None] * len(b.matrices)
         self.measuring: dict[int, int] = {}  # matrix -> step count of its measurement at this step
-        self.changed = False  # whether a matrix has another schedule at this step than at the last
+        self.changed: list[int] = []  # matrices that have another schedule at this step than at the last
         self._buffer = torch.empty(0, device="cpu")
         self._pending: list[_Pending] = []
         adaptive = [c for c in self.controllers if c is not None]
@@ -82,7 +82,7 @@ class Adaptation:
 
     def begin_step(self) -> list[int]:
         """Let due measurements take effect; which matrices were decided anew. Sets what this step measures."""
-        self.measuring, self.changed = {}, False
+        self.measuring, self.changed = {}, []
         if not self.active:
             return []
         if any(p.is_due(self.controllers) for p in self._pending):
@@ -92,7 +92,8 @@ class Adaptation:
             if c is None:
                 continue
             if c.due():
-                self.changed |= c.decide()
+                if c.decide():
+                    self.changed.append(i)
                 decided.append(i)
             if (steps := c.measures_with()) is not None:
                 self.measuring[i] = steps

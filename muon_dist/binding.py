@@ -6,7 +6,7 @@ each domain's plan, and compares it among the ranks, with a timeout: a differenc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .adaptation import Adaptation, attach_controllers
-from .comparison import all_gather_rows, compare_plans
+from .comparison import all_gather_rows, compare
 from .groups import PlanOptions, fixed_schedule
 from .polar.cost import flops_of, form_name, segments_of, sliced_flops_of, workspace_bytes
 from .polar.matrix_view import Matrix, matrices_of
@@ -39,7 +39,7 @@ from .sharding.layout import (
 )
 from .sharding.owners import EVEN_ENOUGH
 from .sharding.plan import Plan, make_plan
-from .sharding.tasks import MatrixTask, SlicedCost
+from .sharding.tasks import SLICED, MatrixTask, SlicedCost
 from .spectrum.controller import Controller
 
 
@@ -97,6 +97,7 @@ class Domain:
     plan: Plan
     exchange: Exchange
     matrices: list[Matrix]  # parallel to plan.matrices
+    batch_keys: list[Hashable]  # parallel to them: of what is orthogonalised together
     owner_of_parameter: list[int] = field(default_factory=list)
     # per parameter: the ranks that hold some of it, where a piece is held twice; else 0
     whole_count: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
@@ -128,9 +129,17 @@ class Domain:
         """Look tensors up by a parameter's position, as the exchange knows it."""
         return lambda position: tensors[self.parameters[position]]
 
-    def regroup(self) -> None:
-        """Put this rank's matrices into batches by their schedules as they stand. What travels stays as it is."""
-        self.exchange.routes = _routes(self.plan, self.parameters, self.me)
+    def regroup(self, changed: Collection[int]) -> None:
+        """Put those matrices whose schedules changed into other batches, in the buckets where they are this rank's. What travels stays
+        as it is.
+        """
+        for i in changed:
+            self.batch_keys[i] = (self.plan.matrices[i].batch_key, self.adaptation.schedules[i])
+        mine = {i for i in changed if self.plan.owners[i] in (self.me, SLICED)}
+        self.exchange.routes = tuple(
+            _route(self.plan, bucket, self.parameters, self.me, self.batch_keys) if mine.intersection(self.plan.buckets[bucket]) else route
+            for bucket, route in enumerate(self.exchange.routes)
+        )
 
     def owner_of(self, bound: BoundParameter) -> int:
         """The rank that owns a parameter's first matrix (all of them, if it is replicated); rank 0 for an empty or sliced one."""
@@ -149,7 +158,8 @@ def bind_domains(
 ) -> list[Domain]:
     """The domains of the trainable parameters, in an order equal on all ranks. Collective.
 
-    `groups` keeps the process groups made here, so that binding again makes none twice. Of `state` only "spectrum" is touched.
+    `groups` keeps the process groups made here, so that binding again makes none twice. Of `state`, which is compared, only "spectrum" is
+    touched.
     `all_names`: of the model's other parameters, where `entries` are only some; they tell how deep the model is.
     """
     explicit = _exchange_layouts(entries, process_group, layouts, groups)
@@ -172,7 +182,7 @@ def bind_domains(
                 "a bad gradient could then skip the step on some of its ranks only. Pass a process_group that covers all of them, and "
                 "layouts for plain tensors that are replicas over fewer"
             )
-        compare_plans(domain)
+        compare(domain, state)
     return domains
 
 
@@ -246,7 +256,11 @@ def _make_domain(ranks: tuple[int, ...], members: list[BoundParameter], group: d
             raise ValueError(
                 f"{b.name} is stored as a flat fragment that is not contiguous; make it contiguous before it reaches the optimizer"
             )
+    keys: list[Hashable] = [
+        (task.batch_key, schedule) for task, schedule in zip(tasks, (s for b in members for s in b.schedules), strict=True)
+    ]
     domain = Domain(
+        batch_keys=keys,
         ranks=ranks,
         me=me,
         process_group=group,
@@ -254,7 +268,9 @@ def _make_domain(ranks: tuple[int, ...], members: list[BoundParameter], group: d
         products=products,
         parameters=members,
         plan=plan,
-        exchange=Exchange(_routes(plan, members, me), group=group, device=device),
+        exchange=Exchange(
+            tuple(_route(plan, bucket, members, me, keys) for bucket in range(len(plan.buckets))), group=group, device=device
+        ),
         matrices=matrices,
     )
     owners = dict(zip([t.parameter for t in reversed(tasks)], reversed(plan.owners), strict=True))
@@ -297,12 +313,8 @@ def _stored_as_box(bound: BoundParameter, me: int) -> bool:
     return len(fragment) == 1 and box_shape(fragment[0]) == tuple(bound.local.shape)
 
 
-def _routes(plan: Plan, members: Sequence[BoundParameter], me: int) -> tuple[BucketRoute, ...]:
-    schedules = [s for b in members for s in b.schedules]
-    keys = [(task.batch_key, schedule) for task, schedule in zip(plan.matrices, schedules, strict=True)]
-    return tuple(
-        route_bucket(plan, bucket, me, lambda position: _stored_as_box(members[position], me), keys) for bucket in range(len(plan.buckets))
-    )
+def _route(plan: Plan, bucket: int, members: Sequence[BoundParameter], me: int, keys: Sequence[Hashable]) -> BucketRoute:
+    return route_bucket(plan, bucket, me, lambda position: _stored_as_box(members[position], me), keys)
 
 
 def matrix_tasks(

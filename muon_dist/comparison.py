@@ -16,7 +16,7 @@ from torch import Tensor
 from .groups import POLICY_KEYS
 from .rendezvous import BIND, meet, wait_in_time
 from .sharding.layout import Fragment, local_tensor
-from .sharding.state import is_elsewhere, is_unset
+from .sharding.state import is_elsewhere, is_unset, unset
 
 if TYPE_CHECKING:
     from .binding import BoundParameter, Domain
@@ -27,27 +27,21 @@ COMPARED = ("lr", "weight_decay", "momentum", "nesterov", "adjust_lr_fn", "extra
 _UNSET, _ELSEWHERE, _HERE = range(3)
 
 
-def compare_plans(domain: Domain) -> None:
-    """Compare the plan, the hyperparameters that owners use, and what replicas hold.
+def compare(domain: Domain, state: Mapping[Tensor, Mapping[str, Any]]) -> None:
+    """Compare what is trained and how, optimizer state, the plan that follows from both, and what replicas hold.
 
     Raises:
         ValueError: the ranks differ.
     """
     if domain.process_group is None:
         return
-    lines = [
-        f"{b.name or b.position}: {b.route.algorithm} {b.placement.shape} {b.parameter.dtype} "
-        f"{[b.group.get(k) for k in (*COMPARED, *sorted(POLICY_KEYS))]}"
-        for b in domain.parameters
-    ]
-    lines.append(f"fp32 products in {domain.products.fp32} (torch.set_float32_matmul_precision)")
-    digest = hashlib.sha256("\n".join([domain.plan.digest(), *lines]).encode()).digest()
-    digests = all_gather_rows(torch.tensor(list(digest), dtype=torch.int64, device="cpu"), domain)
-    if (digests != digests[0]).any():
-        everyone: list[Any] = [None] * len(domain.ranks)
-        meet(domain.ranks)
-        dist.all_gather_object(everyone, lines, group=domain.process_group)
-        raise ValueError(f"the ranks {list(domain.ranks)} don't agree on what they train: {_first_difference(domain, everyone)}")
+    _compare_parameters(domain)
+    compare_state(domain, state)
+    plans = all_gather_rows(torch.tensor(list(bytes.fromhex(domain.plan.digest())), dtype=torch.int64, device="cpu"), domain)
+    if (plans != plans[0]).any():
+        raise ValueError(
+            f"the ranks {list(domain.ranks)} don't agree on what they train: their layouts, polynomials, dtypes or bucket sizes differ"
+        )
     sums = all_gather_rows(torch.stack([checksum(b.local) for b in domain.parameters]).cpu(), domain)
     for position, b in enumerate(domain.parameters):
         differing = _differing_replicas(b, sums[:, position])
@@ -59,14 +53,29 @@ def compare_plans(domain: Domain) -> None:
             )
 
 
+def _compare_parameters(domain: Domain) -> None:
+    """Names, routes, shapes, and the hyperparameters that owners use."""
+    lines = [
+        f"{b.name or b.position}: {b.route.algorithm} {b.placement.shape} {b.parameter.dtype} "
+        f"{[b.group.get(k) for k in (*COMPARED, *sorted(POLICY_KEYS))]}"
+        for b in domain.parameters
+    ]
+    lines.append(f"fp32 products in {domain.products.fp32} (torch.set_float32_matmul_precision)")
+    digest = hashlib.sha256("\n".join(lines).encode()).digest()
+    digests = all_gather_rows(torch.tensor(list(digest), dtype=torch.int64, device="cpu"), domain)
+    if (digests != digests[0]).any():
+        everyone: list[Any] = [None] * len(domain.ranks)
+        meet(domain.ranks)
+        dist.all_gather_object(everyone, lines, group=domain.process_group)
+        raise ValueError(f"the ranks {list(domain.ranks)} don't agree on what they train: {_first_difference(domain, everyone)}")
+
+
 def compare_state(domain: Domain, state: Mapping[Tensor, Mapping[str, Any]]) -> None:
     """Compare optimizer state: that all ranks have it or none, the steps taken, measured spectra, and replicas' values.
 
     Raises:
         ValueError: the ranks differ, as after a checkpoint that only some of them have loaded.
     """
-    if domain.process_group is None:
-        return
     told = all_gather_rows(torch.stack([_described(b, state[b.parameter]) for b in domain.parameters]).flatten(), domain)
     told = told.view(len(domain.ranks), len(domain.parameters), -1)
     for position, b in enumerate(domain.parameters):
@@ -88,9 +97,9 @@ def compare_state(domain: Domain, state: Mapping[Tensor, Mapping[str, Any]]) -> 
 def _described(b: BoundParameter, entry: Mapping[str, Any]) -> Tensor:
     """(4,), int64: whether there is state, AdamW's step count, and checksums of the spectrum and of the state's values."""
     keys = ("momentum_buffer",) if b.muon else ("exp_avg", "exp_avg_sq")
-    values = [entry[key] for key in keys]
+    values = [entry.get(key, unset()) for key in keys]
     code = _ELSEWHERE if any(map(is_elsewhere, values)) else _UNSET if any(map(is_unset, values)) else _HERE
-    step = 0 if b.muon or code != _HERE or is_unset(entry["step"]) else int(entry["step"])
+    step = 0 if b.muon or code != _HERE or is_unset(entry.get("step", unset())) else int(entry["step"])
     spectrum = checksum(entry["spectrum"]) if isinstance(entry.get("spectrum"), Tensor) else 0
     total = sum(((k + 1) * checksum(local_tensor(value)).cpu() for k, value in enumerate(values)), start=torch.zeros((), dtype=torch.int64))
     return torch.stack([torch.as_tensor(v, dtype=torch.int64, device="cpu") for v in (code, step, spectrum, total if code == _HERE else 0)])
@@ -129,7 +138,7 @@ def _first_difference(domain: Domain, everyone: Sequence[Sequence[str]]) -> str:
         for ours, theirs in zip(everyone[0], lines, strict=True):
             if ours != theirs:
                 return f"rank {domain.ranks[0]} has {ours!r} where rank {rank} has {theirs!r}"
-    return "their layouts, polynomials, dtypes or bucket sizes differ"
+    raise AssertionError("digests differ and lines don't")
 
 
 def _only_one_has(ours: Sequence[str], theirs: Sequence[str], here: int, there: int) -> str:

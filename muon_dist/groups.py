@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import numbers
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -19,6 +21,7 @@ from .polar.newton_schulz import dtype_named
 from .polar.polynomials import Schedule, schedule_for
 from .polar.products import SymmetricProducts, check_kernels, products_on
 from .polar.scaling import update_scale
+from .roles import says_nothing
 from .routing import ALGORITHMS, Route, refuse_flattened, route_parameter
 from .sharding.layout import ShardLayout
 from .sharding.owners import PLACEMENTS
@@ -118,11 +121,23 @@ def _read_group(group: Mapping[str, Any], defaults: Mapping[str, Any], layouts: 
             view = MatrixView(**{"kind": route.view.kind, **_plain(asked)})
             matrices_of(shape, view, name or "a parameter")  # sizes that don't add up are said here
             route = Route(name=name, algorithm="muon", reason=route.reason, view=view)
+        if algorithm is None and route.algorithm == "muon" and says_nothing(name, shape):
+            _warn_of_name(name, shape)
         part = parts.setdefault((route.algorithm, route.view), {"params": [], "reasons": []})
         part["params"].append((name, p) if name else p)
         part["reasons"].append(reasons[k] if reasons else route.reason)
     _refuse_unknown(set(options), {algorithm for algorithm, _ in parts}, defaults)
     return [_complete(part, *key, options, defaults) for key, part in parts.items()]
+
+
+@functools.cache
+def _warn_of_name(name: str, shape: Sequence[int]) -> None:
+    """Once for each."""
+    warnings.warn(
+        f"{name!r} of shape {tuple(shape)} could be an embedding or an output head by its name alone, and goes to Muon. Where modules are "
+        "known they decide: MuonDist(build_param_groups(model), ...) instead of model.named_parameters()",
+        stacklevel=6,
+    )
 
 
 def _refuse_unknown(keys: set[str], algorithms: set[str], arguments: Iterable[str]) -> None:

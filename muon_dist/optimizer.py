@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .adaptation import attach_rows, blank_rows
 from .agreement import COUNTED, Agreement, Lagged, agree_on_gradients
 from .binding import BoundParameter, Domain, bind_domains, rebalanced
-from .comparison import all_gather_rows, compare_state
+from .comparison import all_gather_rows
 from .elementwise import local_gradient
 from .groups import (
     GROUP_KEYS,
@@ -340,7 +340,6 @@ class MuonDist(torch.optim.Optimizer):
             domain.replicate_momentum = everywhere
             for bound in domain.parameters:
                 self._declare_state(bound.route, bound.parameter, bound.group)
-            compare_state(domain, self.state)
             self._complete_replicas(domain, everywhere=everywhere)
             for bound in domain.parameters:
                 self._allocate_state(domain, bound)
@@ -492,7 +491,7 @@ class MuonDist(torch.optim.Optimizer):
                 self._has_copies = True
             decided = domain.adaptation.begin_step()
             if domain.adaptation.changed:
-                domain.regroup()
+                domain.regroup(domain.adaptation.changed)
             if decided and self._telemetry is not None:
                 params = sum(math.prod(b.placement.shape) for d in self._domains for b in d.parameters)
                 self._telemetry.write(domain.adaptation, decided, self._model_numel or params)

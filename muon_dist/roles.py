@@ -97,6 +97,8 @@ def role_by_name(name: str, shape: Sequence[int]) -> str | None:
         return "one row: a gain, a bias or a scale"
     if leaf == "weight" and len(shape) > 2 and shape[1] == 1 < shape[0]:
         return DEPTHWISE
+    if len(parts) > 1 and _ROTATION.match(parts[-2]):
+        return f"parameters of a rotation, by their name ({parts[-2]})"
     if leaf != "weight":
         found = _bare(parts, shape)
         if found:
@@ -108,6 +110,12 @@ def role_by_name(name: str, shape: Sequence[int]) -> str | None:
         return f"embedding, by its name ({above})"
     head = head_by_name(parts, shape)
     return None if head is None else f"output head, by its name ({head})"
+
+
+def says_nothing(name: str, shape: Sequence[int]) -> bool:
+    """Whether a name leaves open that a matrix is an embedding: only numbers before "weight", and far more rows than columns."""
+    *path, leaf = plain_parts(name)
+    return leaf == "weight" and len(shape) == 2 and shape[0] >= 2 * shape[1] and not any(len(p) > 1 and not p.isdigit() for p in path)
 
 
 DEPTHWISE = "depthwise convolution: every channel has a kernel of its own, a vector"
@@ -126,7 +134,6 @@ def _bare(parts: Sequence[str], shape: Sequence[int]) -> str | None:
         (_POSITION, "positions"),
         (_SYMBOL, "learned tokens"),
         (_EMBEDDED, "embedding"),
-        (_ROTATION, "parameters of a rotation"),
     ):
         if pattern.search(leaf) and (pattern is _GAIN or "proj" not in leaf):
             return f"{what}, by its name ({leaf})"
@@ -160,6 +167,8 @@ def head_by_name(parts: Sequence[str], shape: Sequence[int]) -> str | None:
 
 
 # --------------------------------------------------------------------------------------------------------------- by module
+
+_NUMBERED_LAYER = re.compile(r"(^|\.)\d+\.[^\d]")  # in a path, something inside it
 
 
 def is_map(module: nn.Module | None) -> bool:
@@ -216,7 +225,7 @@ def output_heads(model: nn.Module) -> dict[int, str]:
         if isinstance(m, EMBEDDINGS) and not _POSITION.search(path.split(".")[-1])
     ]
     linear = [(path, m) for path, m in paths.items() if isinstance(m, nn.Linear)]
-    if linear and symbols and linear[-1][1].out_features == max(symbols) and not any(part.isdigit() for part in linear[-1][0].split(".")):
+    if linear and symbols and linear[-1][1].out_features == max(symbols) and not _NUMBERED_LAYER.search(linear[-1][0]):
         reason = f"output head: the last linear layer, its {max(symbols)} outputs are the symbols of an embedding"
         heads.setdefault(id(linear[-1][1]), reason)
     return heads

@@ -48,6 +48,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]] =
     "grad_norm_skip_threshold": ({"grad_norm_skip_threshold": 10.0}, {}, {}),
     "qk_clip with the distributed optimizer": ({"use_distributed_optimizer": True}, {}, {"qk_clip": True}),
     "use_mup": ({}, {}, {"use_mup": True}),
+    "muon_use_syrk": ({"muon_use_syrk": True}, {}, {}),
     "use_kitchen": ({}, {}, {"use_kitchen": True}),
 }
 
@@ -75,7 +76,7 @@ def test_what_is_not_supported_raises_with_the_reason(setting: str) -> None:
     ("given", "message"),
     [
         ({"muon_scale_mode": "spectrl"}, "choose one of spectral"),
-        ({"muon_fp32_matmul_prec": "low"}, "choose 'medium'"),
+        ({"muon_fp32_matmul_prec": "fp8"}, "choose 'low' or 'medium'"),
         ({"muon_coefficient_type": "quintic"}, "for a fixed muon_num_ns_steps"),
         ({"muon_num_ns_steps": 5, "muon_coefficient_type": "quadratic"}, "choose one of simple"),
         ({"muon_num_ns_steps": 0}, "positive integer or 'adaptive'"),

@@ -50,7 +50,7 @@ def _with_momentum(get_mom: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(get_mom)
     def with_momentum(engine: Any) -> Any:
-        if isinstance(engine.basic_optimizer, MuonDist):
+        if isinstance(getattr(engine, "basic_optimizer", None), MuonDist):
             return [group["momentum"] if group["algorithm"] == "muon" else group["betas"] for group in engine.optimizer.param_groups]
         return get_mom(engine)
 
