@@ -30,6 +30,7 @@ MORE: dict[str, str] = {
 # Reasons for which a test may be skipped, as they begin.
 ALLOWED_SKIPS: tuple[str, ...] = (
     "Megatron's own Muon needs emerging-optimizers (Python 3.12)",  # tests/run_megatron_current.sh has it
+    "Megatron-LM's source is not here (MEGATRON_LM)",  # only pip's package is; tests/README.md
     "megatron.training comes with megatron-core 0.19 (Python 3.12)",
     # where a GPU is, there may be torch and nothing else (tests/gpu.sh)
     "deepspeed is not installed",

@@ -45,8 +45,14 @@ def everything(chunks: list[Any], optimizer: Any) -> dict[str, Tensor]:
     return result
 
 
+def metadata_of(form: str) -> dict[str, Any]:
+    """What Megatron keeps beside a sharded checkpoint."""
+    told: dict[str, Any] = {"chained_optim_avoid_prefix": True, "non_homogeneous_layers": True}
+    return {**told, **({"distrib_optim_sharding_type": form} if form else {})}
+
+
 def sharded(chunks: list[Any], optimizer: Any, form: str, *, is_loading: bool) -> dict[str, Any]:
-    metadata: dict[str, Any] = {"chained_optim_avoid_prefix": True, **({"distrib_optim_sharding_type": form} if form else {})}
+    metadata = metadata_of(form)
     model = chunks[0].module.sharded_state_dict(metadata=metadata)
     return {"model": model, "optimizer": optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)}
 
@@ -199,3 +205,75 @@ def load_adams(folder: str) -> str:
 
 def test_the_state_of_another_optimizer_is_not_taken_for_ours(tmp_path: Path) -> None:
     assert "not MuonDist's" in run_ranks(1, load_adams, str(tmp_path))[0]
+
+
+# ----------------------------------------------------------------------------------------------------------- experts, words
+
+EXPERTS = Setup(pp=2, ep=2, experts=4, dense_layers=1, micro_batches=2)  # the first stage has none
+
+
+def steps_of_wrappers(setup: Setup, form: str, folder: str, loads: bool) -> list[list[float]]:
+    """The step counts that each wrapper's tensors have on this rank, and MuonDist's own of what lies elsewhere."""
+    chunks, optimizer = start(setup)
+    if loads:
+        load(chunks, optimizer, form, folder)
+    else:
+        train(setup, chunks, optimizer, 0, SAVED_STEPS)
+        save(chunks, optimizer, form, folder)
+    return [sorted({float(state["step"]) for state in inside.state.values()}) for inside in optimizer._inside]
+
+
+def test_step_counts_of_experts_survive_where_the_first_stage_has_none(tmp_path: Path) -> None:
+    """(With the distributed optimizer Megatron itself can't save such a stage, of Adam neither, where Transformer Engine is missing.)"""
+    saved = run_ranks(4, steps_of_wrappers, EXPERTS, "", str(tmp_path), False)
+    loaded = run_ranks(4, steps_of_wrappers, EXPERTS, "", str(tmp_path), True)
+    assert saved == loaded and [SAVED_STEPS] in saved[3] and any(not steps for steps in saved[0])
+    assert {step for rank in loaded for steps in rank for step in steps} == {SAVED_STEPS}
+
+
+def load_unlike(kind: str, folder: str) -> str:
+    """What a run is told that loads a checkpoint which Megatron can't read for it."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    saved = FLAT if kind in ("flat into whole", "another lr") else Setup()
+    hosts.initialize(saved)
+    chunks = hosts.make_model(saved)
+    form = "fully_reshardable" if saved.distributed_optimizer else ""
+    if kind == "Adam's":
+        optimizer = get_megatron_optimizer(hosts.optimizer_config(saved, OptimizerConfig), chunks)
+        hosts.train_step(saved, chunks, optimizer, 0)
+    else:
+        chunks, optimizer = start(saved)
+        train(saved, chunks, optimizer, 0, 1)
+    save(chunks, optimizer, form, folder)
+    setup = FLAT if kind == "whole into flat" else Setup() if kind == "flat into whole" else saved
+    chunks, optimizer = hosts.start(setup, **ADAPTIVE, **({"lr": 7e-3, "min_lr": 1e-4} if kind == "another lr" else {}))
+    metadata = metadata_of(form)  # the checkpoint's
+    try:
+        model = chunks[0].module.sharded_state_dict(metadata=metadata)
+        wanted = {"model": model, "optimizer": optimizer.sharded_state_dict(model, is_loading=True, metadata=metadata)}
+        loaded = dist_checkpointing.load(wanted, folder)
+        optimizer.load_state_dict(loaded["optimizer"])
+    except ValueError as error:
+        return str(error)
+    return "loaded"
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("Adam's", "this checkpoint's optimizer state is not MuonDist's in this form"),
+        ("flat into whole", "was saved with --use-distributed-optimizer and is loaded without --use-distributed-optimizer"),
+        ("whole into flat", "was saved without --use-distributed-optimizer and is loaded with --use-distributed-optimizer"),
+    ],
+)
+def test_a_checkpoint_that_megatron_cannot_read_is_refused_in_words(kind: str, words: str, tmp_path: Path) -> None:
+    for told in run_ranks(2, load_unlike, kind, str(tmp_path)):
+        assert words in told and "--no-load-optim" in told
+
+
+def test_another_learning_rate_is_loaded_or_refused_in_words(tmp_path: Path) -> None:
+    """megatron-core 0.19 finds groups by their learning rates, 0.16 doesn't."""
+    for told in run_ranks(2, load_unlike, "another lr", str(tmp_path)):
+        assert told == "loaded" or "finds a checkpoint's parameter groups by their learning rates" in told

@@ -1,6 +1,9 @@
 """Polynomials, Newton–Schulz, matrix views and scales, against singular value decompositions and closed forms."""
 
 import math
+import os
+import subprocess
+import sys
 
 import hypothesis.strategies as st
 import pytest
@@ -8,6 +11,7 @@ import torch
 from hypothesis import given, settings
 
 from muon_dist import orthogonalize
+from muon_dist.polar import polynomials
 from muon_dist.polar.cost import flops, flops_of
 from muon_dist.polar.matrix_view import MatrixView, matrices_of
 from muon_dist.polar.newton_schulz import orthogonalize_batch
@@ -243,3 +247,53 @@ def test_views_that_do_not_fit_raise(shape: tuple[int, ...], view: dict, words: 
 def test_views_that_make_no_sense_raise(view: dict) -> None:
     with pytest.raises(ValueError):
         MatrixView(**view)
+
+
+# ----------------------------------------------------------------------------------------- the same on all ranks, and again
+
+
+GENERATED = """
+import hashlib
+from muon_dist.polar import polynomials
+from muon_dist.spectrum.controller import Policy
+schedules = [polynomials.schedule_for(name, steps) for name in ("polar_express", "cans", "minimax") for steps in (3, 5, 8, 12)]
+schedules += [Policy(tol=tol).schedule(steps) for tol in (0.1, 0.3) for steps in (2, 5, 9)] + [polynomials.minimax_schedule(1e-4, 7)]
+print(hashlib.sha256(repr([s.steps for s in schedules]).encode()).hexdigest(), end="")
+"""
+
+
+@pytest.mark.more("repeat")
+def test_unlike_cpus_generate_the_same_polynomials() -> None:
+    """numpy, OpenBLAS and the C library take other code paths, as on another CPU; with linear algebra of theirs, ranks disagreed."""
+    others = {
+        "OPENBLAS_CORETYPE": "Zen",
+        "NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3 AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR",
+        "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2,-FMA,-FMA4,-AVX512F",
+    }
+    told = []
+    for extra in ({}, others):
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", GENERATED], env={**os.environ, **extra}, capture_output=True, text=True, timeout=100
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        told.append(done.stdout.split())
+    assert told[0][0] == told[1][0]
+
+
+def test_polynomials_are_generated_without_linear_algebra_of_the_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = polynomials.greedy_minimax(1e-3, 8)
+    monkeypatch.setattr(polynomials, "np", None)
+    assert polynomials.greedy_minimax(1e-3, 8) == expected
+    assert all(float(f"{c:.12g}") == c for step in expected for c in step)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=["fp64", "fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("shape", [(4, 64), (64, 4), (16, 256), (2, 7), (1, 64), (3, 3), (48, 48), (190, 40), (8, 1024)])
+def test_a_matrix_comes_out_the_same_to_the_last_bit_whatever_batch_it_is_in(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Owners may be chosen anew when a run is resumed, and other matrices then share a batch."""
+    x = torch.randn(6, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    schedule = schedule_for("jordan", 5)
+    batched = [
+        torch.cat([orthogonalize_batch(part.clone(), schedule, compute_dtype=dtype) for part in x.split(size)]) for size in (1, 2, 3, 6)
+    ]
+    assert all(torch.equal(batched[0], other) for other in batched)

@@ -17,20 +17,19 @@ ASKED = "muon_dist"
 _NESTEROV = ("--muon-nesterov", "--muon-use-nesterov")
 
 
-class AdamForMuonDist(str):
-    """ "adam" for Megatron, in the place of muon_dist: it keeps what was meant in whatever config it is copied into."""
+_asked = False  # whether the flags that this process parsed last ask for MuonDist
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return str, (str(self),)  # checkpoints keep the flags, and may be read without this package
 
-    def __deepcopy__(self, memo: Any) -> AdamForMuonDist:
-        return self
+def was_asked_for() -> bool:
+    return _asked
 
 
 class _Optimizer(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, ASKED, values == NAME)
-        namespace.optimizer = AdamForMuonDist("adam") if values == NAME else values
+        global _asked
+        _asked = values == NAME
+        setattr(namespace, ASKED, _asked)
+        namespace.optimizer = "adam" if _asked else values
 
 
 class _Given(argparse.Action):

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .arguments import ASKED, AdamForMuonDist, add_muon_dist_args
-from .optimizer import FOREIGN, build_wrappers, get_muon_dist_optimizer
+from .arguments import ASKED, add_muon_dist_args, was_asked_for
+from .optimizer import FOREIGN, build_wrappers, building_wrappers, get_muon_dist_optimizer, megatrons
 from .settings import NAME, completed
 
 
@@ -25,7 +25,7 @@ def register() -> None:
     core: Any = importlib.import_module("megatron.core.optimizer")
     if not hasattr(core._get_param_groups_and_buffers, "with_muon_dist"):
         core._get_param_groups_and_buffers = _refusing(core._get_param_groups_and_buffers)
-    _replace("get_megatron_optimizer", build_wrappers, _get_megatron_optimizer)
+    _replace("get_megatron_optimizer", megatrons, _get_megatron_optimizer)
     checkpoints: Any = importlib.import_module("megatron.core.dist_checkpointing")
     if not hasattr(checkpoints.load, "with_muon_dist"):
         checkpoints.load = _explaining(checkpoints.load)
@@ -52,8 +52,8 @@ def _refusing(collect: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(collect)
     def refusing(*args: Any, **options: Any) -> Any:
-        asked = (options["config"] if "config" in options else args[2]).optimizer
-        if isinstance(asked, AdamForMuonDist) or asked == NAME:
+        config = options["config"] if "config" in options else args[2]
+        if not building_wrappers() and (config.optimizer == NAME or (config.optimizer == "adam" and was_asked_for())):
             raise ValueError(
                 "--optimizer muon_dist was asked for, but Megatron's own get_megatron_optimizer was called, which would make an Adam: it "
                 "was imported by name before MuonDist was registered. Import muon_dist.integrations.megatron before that import, or call "
@@ -98,11 +98,7 @@ def _with_flags(parse_args: Callable[..., Any]) -> Callable[..., Any]:
 @functools.wraps(build_wrappers)
 def _get_megatron_optimizer(config: Any, model_chunks: Any, *args: Any, **options: Any) -> Any:
     source = _command_line()
-    if (
-        config.optimizer == NAME
-        or isinstance(config.optimizer, AdamForMuonDist)
-        or (config.optimizer == "adam" and getattr(source, ASKED, False))
-    ):
+    if config.optimizer == NAME or (config.optimizer == "adam" and getattr(source, ASKED, False)):
         optimizer = get_muon_dist_optimizer(completed(config, source), model_chunks, *args, **options)
         if source is not None and dist.get_rank() == 0:  # beside Megatron's dump of its arguments, of which some are not MuonDist's
             print(optimizer.summary(), flush=True)

@@ -7,6 +7,7 @@ parameter groups, schedulers and checkpoints are Megatron's own.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +38,23 @@ from .wrappers import FlatBuffers, Piece, absent, pieces, whole_piece
 # What saved groups carry of ours: Megatron's wrappers pass groups through as they are
 SAVED = "muon_dist"
 
-build_wrappers = megatron_optimizer.get_megatron_optimizer  # Megatron's own, also after `register`
+megatrons = megatron_optimizer.get_megatron_optimizer  # its own, also after `register`
+_building = 0
+
+
+def building_wrappers() -> bool:
+    """Whether Megatron builds wrappers for us, or for another optimizer that was asked of us."""
+    return _building > 0
+
+
+@functools.wraps(megatrons)
+def build_wrappers(*args: Any, **options: Any) -> Any:
+    global _building
+    _building += 1
+    try:
+        return megatrons(*args, **options)
+    finally:
+        _building -= 1
 
 
 class MuonDist(torch.optim.Optimizer):

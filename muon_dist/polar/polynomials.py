@@ -195,8 +195,14 @@ def widest_schedule(steps: int, tol: float = TOLERANCE, *, safety: float = SAFET
 def image(steps: Sequence[Coefficients], x: Number) -> Number:
     """What the steps make of a singular value x, or of each in an array."""
     for a, b, c in steps:
-        x = a * x + b * x**3 + c * x**5
+        x = _quintic(a, b, c, x)
     return x
+
+
+def _quintic(a: float, b: float, c: float, x: Number) -> Number:
+    """By multiplications alone, which every CPU rounds alike; of powers and of BLAS the last bits differ."""
+    square = x * x
+    return x * (a + square * (b + square * c))
 
 
 def _check_tolerance(tol: float) -> None:
@@ -220,17 +226,17 @@ def greedy_minimax(lower: float, steps: int, *, cushion: float = 0.0, safety: fl
 
     `cushion` keeps a step's own interval from being wider than [cushion·u, u] (Polar Express, arXiv 2505.16932,
     section 3.4); the step is then rescaled so that the whole interval maps symmetrically around 1. `safety` widens a step's
-    own interval [l, u] to [l, safety·u]. Coefficients have twelve digits: the linear algebra behind them differs between CPUs in the last
-    bits, and ranks must compute with the same.
+    own interval [l, u] to [l, safety·u]. Ranks must compute with the same coefficients, whatever their CPUs: no BLAS here, and twelve
+    digits.
     """
     schedule, low, high = [], lower, 1.0
     for _ in range(steps):
         a, b, c = _minimax_quintic(max(low, cushion * high), safety * high)
-        at_low, at_high = (a * x + b * x**3 + c * x**5 for x in (low, safety * high))
+        at_low, at_high = (_quintic(a, b, c, x) for x in (low, safety * high))
         centre = 2.0 / (at_low + at_high)
         a, b, c = (_rounded(v * centre) for v in (a, b, c))
         schedule.append((a, b, c))
-        low = a * low + b * low**3 + c * low**5
+        low = _quintic(a, b, c, low)
         high = 2.0 - low
     return tuple(schedule)
 
@@ -264,9 +270,8 @@ def _minimax_quintic(low: float, high: float) -> Coefficients:
     inner = [low + (high - low) * 0.25, low + (high - low) * 0.75]
     error, a, b, c = math.inf, 0.0, 0.0, 0.0
     for _ in range(100):
-        points = np.array([low, *inner, high])
-        system = np.stack([points, points**3, points**5, np.array([1.0, -1.0, 1.0, -1.0])], axis=1)
-        a, b, c, new_error = (float(v) for v in np.linalg.solve(system, np.ones(4)))
+        points = (low, *inner, high)
+        a, b, c, new_error = _solve([[x, x * x * x, x * x * x * x * x, sign, 1.0] for x, sign in zip(points, (1.0, -1.0) * 2, strict=True)])
         # p'(x) = a + 3b·x² + 5c·x⁴ = 0
         root = math.sqrt(max(9 * b * b - 20 * a * c, 0.0))
         inner = sorted(math.sqrt(max((-3 * b + sign * root) / (10 * c), 0.0)) for sign in (1, -1))
@@ -274,3 +279,19 @@ def _minimax_quintic(low: float, high: float) -> Coefficients:
             break
         error = new_error
     return (a, b, c)
+
+
+def _solve(rows: list[list[float]]) -> list[float]:
+    """Linear equations, each with its right side last, by elimination with partial pivoting."""
+    size = len(rows)
+    for k in range(size):
+        pivot = max(range(k, size), key=lambda i: abs(rows[i][k]))
+        rows[k], rows[pivot] = rows[pivot], rows[k]
+        for i in range(k + 1, size):
+            factor = rows[i][k] / rows[k][k]
+            rows[i] = [x - factor * y for x, y in zip(rows[i], rows[k], strict=True)]
+    result = [0.0] * size
+    for k in reversed(range(size)):
+        known = sum(rows[k][j] * result[j] for j in range(k + 1, size))
+        result[k] = (rows[k][size] - known) / rows[k][k]
+    return result
