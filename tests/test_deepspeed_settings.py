@@ -308,3 +308,51 @@ def kernels_on_a_cpu() -> str:
 
 def test_kernels_reach_the_step_and_are_refused_on_a_cpu() -> None:
     assert "symmetric_kernels needs a CUDA device" in run_ranks(1, kernels_on_a_cpu)[0]
+
+
+# ------------------------------------------------------------------------------------------------------------------- words
+
+
+def engine_with(kind: str, params: dict[str, Any]) -> dict[str, Any]:
+    ds_config = hosts.config(1)
+    ds_config["optimizer"] = {"type": kind, "params": {**ds_config["optimizer"]["params"], **params}}
+    try:
+        engine = hosts.start(ds_config)
+    except ValueError as error:
+        return {"error": str(error)}
+    hosts.train_step(engine, 0)
+    return {"optimizer": type(engine.basic_optimizer).__name__, "momenta": engine.get_mom()}
+
+
+@pytest.mark.parametrize("kind", ["MuonDist", "muon_dist", "muondist", "Muon-Dist"])
+def test_every_spelling_of_the_name_is_known(kind: str) -> None:
+    (told,) = run_ranks(1, engine_with, kind, {"momentum": 0.9})
+    assert told["optimizer"] == "MuonDist"
+    assert sorted(map(str, told["momenta"])) == ["(0.9, 0.95)", "0.9"]  # of AdamW's group and of Muon's, which had 0.0
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"adam_lr": "1e-3"}, "adam_lr must be a number in [0, inf), got '1e-3'"),
+        ({"ns_steps": "5"}, "ns_steps must be 'adaptive' or an integer, got '5'"),
+        ({"betas": "0.9,0.95"}, "\"betas\" must be two numbers in [0, 1), got '0.9,0.95'"),
+        ({"eps": -1}, '"eps" must be a number in [0, inf), got -1'),
+        ({"muon_eps": -1}, '"muon_eps" must be a number in [0, inf), got -1'),
+        ({"learning_rate": 1}, 'MuonDist does not take "learning_rate": did you mean "lr"?'),
+    ],
+)
+def test_errors_name_the_key_that_was_given(params: dict[str, Any], words: str) -> None:
+    assert run_ranks(1, engine_with, "MuonDist", params) == [{"error": words}]
+
+
+def patterned(given: dict[str, Any]) -> list[str]:
+    ds_config = hosts.config(1)
+    ds_config["optimizer"]["params"].update(given)
+    return sorted(r.name for r in hosts.start(ds_config).basic_optimizer.routes if r.algorithm == "muon")
+
+
+def test_a_string_is_one_pattern_here_too() -> None:
+    name = sorted(hosts.MATRICES)[0]
+    (alone,), (listed,) = run_ranks(1, patterned, {"adamw": name}), run_ranks(1, patterned, {"adamw": [name]})
+    assert alone == listed and name not in alone and len(alone) == len(hosts.MATRICES) - 1

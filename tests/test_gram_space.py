@@ -12,7 +12,7 @@ from muon_dist.polar import newton_schulz, restarts
 from muon_dist.polar.cost import flops, flops_of, segments_of
 from muon_dist.polar.polynomials import JORDAN, Schedule, minimax_schedule, schedule_for, widest_schedule
 from muon_dist.polar.products import SymmetricProducts
-from muon_dist.polar.restarts import LONGEST, WORSE, best_segments, how_much_worse, possible_segments, single_steps
+from muon_dist.polar.restarts import LONGEST, WORSE, best_segments, how_much_worse, possible_segments, single_steps, stands
 
 CPU = SymmetricProducts("cpu")
 SCHEDULES = {
@@ -90,6 +90,24 @@ def test_without_restarts_small_directions_are_lost(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(newton_schulz, "segments_of", lambda *rest, segments=segments: segments)
         errors.append((orthogonalize(x).double() - exact).norm().item())
     assert errors[0] > 5 * errors[1] and errors[1] < 2 * errors[2]
+
+
+@pytest.mark.parametrize("count", [10, 12])
+def test_deep_schedules_in_bf16_don_t_blow_up_where_rows_are_of_unlike_size(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One matrix in fifty did, with segments that matrices of random directions find exact enough."""
+    schedule, generator = schedule_for("minimax", count), torch.Generator().manual_seed(0)
+    x = torch.stack([torch.randn(64, 192, generator=generator) * torch.logspace(0, -2 - k % 3, 64)[:, None] for k in range(120)])
+    largest = {}
+    for segments in ({10: (1, 2, 1, 1, 1, 2, 2), 12: (1,) * 7 + (2, 3)}[count], None):
+        with monkeypatch.context() as patched:
+            if segments is not None:
+                assert how_much_worse(schedule.steps, torch.bfloat16, segments) <= WORSE and not stands(
+                    schedule.steps, torch.bfloat16, segments
+                )
+                patched.setattr(newton_schulz, "segments_of", lambda *rest, segments=segments: segments)
+            norms = torch.linalg.matrix_norm(orthogonalize(x, schedule=schedule, compute_dtype="bf16"))
+        largest[segments is None] = float(norms.nan_to_num(nan=float("inf")).max()) / 8
+    assert largest[False] > 1.5 > 1.2 > largest[True]
 
 
 def test_steps_that_would_amplify_rounding_don_t_share_a_gram_matrix() -> None:

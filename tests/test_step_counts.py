@@ -280,3 +280,62 @@ def missing_where_it_is_held() -> list[float]:
 
 def test_an_empty_shard_has_no_say_in_whether_there_is_a_gradient() -> None:
     assert run_ranks(2, missing_where_it_is_held) == [[1.0, 2.0], [1.0, 2.0]]
+
+
+def frozen(count: int) -> dict:
+    """What a step takes of eight 12 × 8 matrices, of which so many were frozen after the first."""
+    model = models.place(models.make_bank([(12, 8)] * 8, torch.float32), "fsdp2")
+    optimizer = MuonDist(model.named_parameters(), ns_steps=5)
+    models.backward(model, 0, "fsdp2")
+    optimizer.step()
+    before = {}
+    for k, layer in enumerate(list(model.layers)[:count]):
+        layer.weight.requires_grad_(False)
+        before[k] = layer.weight.full_tensor().detach().clone()
+    for seed in (1, 2):
+        models.backward(model, seed, "fsdp2")
+        with Recorder() as recorder:
+            optimizer.step()
+    kept = all(torch.equal(model.layers[k].weight.full_tensor(), value) for k, value in before.items())
+    held = sum(entry["momentum_buffer"].to_local().numel() for entry in optimizer.state.values() if "momentum_buffer" in entry)
+    return {"matrices": len(recorder.matrices), "sent": recorder.bytes_sent, "kept": kept, "held": held}
+
+
+def test_frozen_matrices_neither_travel_nor_are_orthogonalised() -> None:
+    """Their momentum stays, so that it can be saved."""
+    everything = run_ranks(2, frozen, 0)
+    assert [rank["matrices"] for rank in everything] == [4, 4]
+    for count in (7, 8):
+        ranks = run_ranks(2, frozen, count)
+        assert sum(rank["matrices"] for rank in ranks) == 8 - count
+        assert sum(rank["sent"] for rank in ranks) == sum(rank["sent"] for rank in everything) * (8 - count) // 8
+        assert all(rank["kept"] for rank in ranks) and sum(rank["held"] for rank in ranks) == 8 * 12 * 8
+
+
+def rerouted(world: int) -> tuple[int, int, int]:
+    """Of how many buckets the route is made anew where the schedule of one matrix changes; of all; and on the other ranks."""
+    from muon_dist import binding
+
+    model = models.make_bank([(12, 8)] * 8, torch.float32)
+    optimizer = MuonDist(model.named_parameters(), bucket_mb=0.0004, burn_in=100)
+    models.backward(model, 0, "replicas")
+    models.average_replicas(model)
+    optimizer.step()
+    (domain,) = optimizer._domains
+    own, routed = binding.route_bucket, []
+    binding.route_bucket = lambda plan, bucket, *rest: routed.append(bucket) or own(plan, bucket, *rest)
+    try:
+        before = list(domain.exchange.routes)
+        domain.adaptation.schedules[0] = domain.parameters[-1].controllers[0].policy.schedule(3)
+        domain.regroup([0])
+    finally:
+        binding.route_bucket = own
+    same = sum(a is b for a, b in zip(before, domain.exchange.routes, strict=True))
+    assert same == len(before) - len(routed) and domain.batch_keys[0][1] == domain.adaptation.schedules[0]
+    return len(routed), len(before), int(domain.plan.owners[0] == domain.me)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_one_schedule_that_changes_makes_one_route_anew_where_its_matrix_is_worked_on(world: int) -> None:
+    for routed, buckets, mine in run_ranks(world, rerouted, world):
+        assert buckets > 2 and routed == mine

@@ -144,6 +144,37 @@ def test_torchs_precision_of_fp32_products_is_what_fp32_iterations_have(precisio
     assert max(errors_of(Model(**EXACT)).values()) < bound
 
 
+DEEP = {"deepseek_v4": 10, "minimax": 12, "polar_express": 8}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("polynomial", DEEP)
+def test_deep_schedules_stand_every_precision_of_products(polynomial: str, precision: str, dtype: str) -> None:
+    """Segments that were chosen for other rounding blow up; the guard would leave such updates out, and count them."""
+    torch.set_float32_matmul_precision(precision)
+    model = Model(ns_steps=DEEP[polynomial], polynomial=polynomial, compute_dtype=dtype, adjust_lr_fn="none")
+    for seed in range(1, 4):
+        before = model.read()
+        model.step(seed)
+        for name, after in model.read().items():
+            if after.ndim == 2:
+                moved = float((after - before[name]).norm()) / 0.1
+                assert 0.5 * min(after.shape) ** 0.5 < moved < 1.4 * min(after.shape) ** 0.5, name
+    assert model.optimizer.skipped_updates == model.optimizer.skipped_steps == 0
+
+
+@pytest.mark.parametrize("options", [{"ns_steps": 5}, {"ns_steps": 5, "deflation": 2}], ids=["five", "deflation"])
+def test_autocast_changes_nothing(options: dict[str, Any]) -> None:
+    ends = []
+    for enabled in (False, True):
+        model = Model(**EXACT, **options)
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=enabled):
+            model.step(1)
+        ends.append(model.read())
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
 @pytest.mark.parametrize("options", [{"ns_steps": 5}, ADAPTIVE, {**ADAPTIVE, "deflation": 2}], ids=["five", "adaptive", "deflation"])
 def test_a_default_device_changes_nothing(options: dict[str, Any]) -> None:
     """Tensors of the host stay there, and those of the device too; on a CPU "meta" stands for a device that is not the parameters'."""
