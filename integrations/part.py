@@ -21,6 +21,7 @@ from muon_dist.agreement import Agreement, agree_after_host
 from muon_dist.binding import BoundParameter
 from muon_dist.groups import GROUP_KEYS, STRUCTURE, PlanOptions
 from muon_dist.polar.polynomials import Schedule
+from muon_dist.rendezvous import gather_objects, meet
 from muon_dist.sharding.layout import ShardLayout
 from muon_dist.sharding.plan import Plan
 
@@ -177,11 +178,10 @@ def all_holders(
     """
     if tensor_parallel is None or dist.get_world_size(tensor_parallel) == 1:
         return data_parallel
-    gathered: list[Any] = [None] * dist.get_world_size(tensor_parallel)
-    dist.all_gather_object(gathered, dist.get_process_group_ranks(data_parallel), group=tensor_parallel)
-    ranks = tuple(sorted({rank for each in gathered for rank in each}))
+    ranks = tuple(sorted({r for each in gather_objects(dist.get_process_group_ranks(data_parallel), tensor_parallel) for r in each}))
     if ranks == tuple(range(dist.get_world_size())):
         return dist.group.WORLD
     if ranks not in made:
+        meet(ranks)
         made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
     return made[ranks]

@@ -24,7 +24,7 @@ from .polar.matrix_view import Matrix, matrices_of
 from .polar.newton_schulz import default_compute_dtype, dtype_named
 from .polar.polynomials import Schedule
 from .polar.products import SymmetricProducts
-from .rendezvous import meet
+from .rendezvous import gather_objects, meet
 from .routing import Route
 from .sharding.exchange import BucketRoute, Exchange, route_bucket
 from .sharding.layout import (
@@ -403,10 +403,7 @@ def _exchange_layouts(
         group = layout.group if layout.group is not None else process_group
         ranks = _ranks_of(group)
         if layout.replicas is not None:
-            meet(dist.get_process_group_ranks(layout.replicas))
-            gathered: list[Any] = [None] * dist.get_world_size(layout.replicas)
-            dist.all_gather_object(gathered, ranks, group=layout.replicas)
-            ranks = tuple(sorted({r for other in gathered for r in other}))
+            ranks = tuple(sorted({r for other in gather_objects(ranks, layout.replicas) for r in other}))
         fragment, numel = layout.fragment(), local_tensor(p.detach()).numel()
         held = fragment_numel(fragment)
         problem = "" if held == numel else f"its layout describes {held} elements but its tensor has {numel}"
@@ -416,11 +413,7 @@ def _exchange_layouts(
     for ranks in sorted(described, key=lambda r: (-len(r), r)):
         mine = described[ranks]
         group = _group_of(ranks, known[ranks], groups)
-        everyone: list[Any] = [mine]
-        if group is not None:
-            everyone = [None] * len(ranks)
-            meet(ranks)
-            dist.all_gather_object(everyone, mine, group=group)
+        everyone = [mine] if group is None else gather_objects(mine, group)
         for rank, theirs in zip(ranks, everyone, strict=True):
             for name, (_, _, problem) in theirs.items():
                 if problem:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .groups import POLICY_KEYS
-from .rendezvous import BIND, meet, wait_in_time
+from .rendezvous import BIND, gather_objects, wait_in_time
 from .sharding.layout import Fragment, local_tensor
 from .sharding.state import is_elsewhere, is_unset, unset
 
@@ -64,9 +64,7 @@ def _compare_parameters(domain: Domain) -> None:
     digest = hashlib.sha256("\n".join(lines).encode()).digest()
     digests = all_gather_rows(torch.tensor(list(digest), dtype=torch.int64, device="cpu"), domain)
     if (digests != digests[0]).any():
-        everyone: list[Any] = [None] * len(domain.ranks)
-        meet(domain.ranks)
-        dist.all_gather_object(everyone, lines, group=domain.process_group)
+        everyone = gather_objects(lines, domain.process_group)
         raise ValueError(f"the ranks {list(domain.ranks)} don't agree on what they train: {_first_difference(domain, everyone)}")
 
 

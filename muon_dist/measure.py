@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from .polar.matrix_view import Matrix, MatrixView, matrices_of
 from .polar.products import own_products
+from .rendezvous import gather_objects
 from .sharding.exchange import local_view
 from .sharding.layout import Fragment, Placement, ShardLayout, box_shape, dtensor_fragments, whole
 from .spectrum.bidiagonal import ITERATIONS, QuantileEstimate, RowShard, golub_kahan_quantiles
@@ -72,7 +73,7 @@ def _placement(name: str, tensor: Tensor, layout: ShardLayout | None, ranks: tup
     if layout is not None:
         fragments: list[Fragment] = [layout.fragment()] * len(ranks)
         if len(ranks) > 1:
-            dist.all_gather_object(fragments, layout.fragment(), group=group)
+            fragments = gather_objects(layout.fragment(), group, "measure spectra")
         return Placement(name=name, shape=layout.global_shape, fragments=tuple(fragments))
     if isinstance(tensor, DTensor):
         on, held = dtensor_fragments(tensor, name)

@@ -88,3 +88,16 @@ def _store() -> Any:
         return dist.distributed_c10d._get_default_store()
     except (ValueError, RuntimeError, AttributeError):  # a backend without one, such as MPI
         return None
+
+
+def gather_objects(value: Any, group: dist.ProcessGroup | None, what: str = BIND) -> list[Any]:
+    """What every rank of a group gives, in its order. Collective.
+
+    Raises:
+        RuntimeError: some did not come in time.
+    """
+    group = group if group is not None else dist.group.WORLD
+    meet(dist.get_process_group_ranks(group), what)
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered

@@ -356,3 +356,15 @@ def test_a_string_is_one_pattern_here_too() -> None:
     name = sorted(hosts.MATRICES)[0]
     (alone,), (listed,) = run_ranks(1, patterned, {"adamw": name}), run_ranks(1, patterned, {"adamw": [name]})
     assert alone == listed and name not in alone and len(alone) == len(hosts.MATRICES) - 1
+
+
+def test_messages_that_the_readme_quotes_are_deepspeeds() -> None:
+    import deepspeed
+
+    folder = Path(deepspeed.__file__).parent / "runtime"
+    for path, words in (
+        ("engine.py", "is not a supported DeepSpeed Optimizer"),
+        ("zero/stage_1_and_2.py", "The ZeRO checkpoint parameter-alignment layout does not match the current"),
+    ):
+        assert words in (folder / path).read_text()
+        assert words in (Path(__file__).parent.parent / "integrations" / "deepspeed" / "README.md").read_text()

@@ -55,3 +55,23 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     launched(tmp_path, *flags, "--save", str(tmp_path / "kept"))
     text = launched(tmp_path, *flags, "--load", str(tmp_path / "kept"), "--train-iters", "3")
     assert len(losses(text)) == 1 and re.search(r"iteration +3/ +3", text)
+
+
+def test_the_commands_of_the_readme_run_as_they_stand(tmp_path: Path) -> None:
+    """Word for word, with small sizes in the place of "…"; the one for Slurm starts the same script."""
+    text = (ROOT / "integrations" / "megatron" / "README.md").read_text()
+    lines = [line for line in text.split("```bash")[1].split("```")[0].splitlines() if "…" in line]
+    assert [line.split()[0] for line in lines] == ["python", "bash", "sbatch"]
+    assert "launch/pretrain_megatron.sh" in (ROOT / "launch" / "pretrain_megatron.sbatch").read_text()
+    enough = "--seed 1 --lr 1e-3 --min-lr 1e-4 --swiglu --disable-bias-linear --group-query-attention --untie-embeddings-and-output-weights"
+    environment = {**os.environ, "NPROC": "2", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    environment |= {"MEGATRON_LM": str(SOURCE), "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29647"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment["PYTHONPATH"] = ":".join([str(ROOT / "tests" / "megatron_lm"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    for line in lines[:2]:
+        before, comment = line.split("…")[0], line.split("…")[-1]
+        assert not comment.strip() or comment.strip().startswith("#")
+        more = f"{SMALL} --eval-interval 1000 " + ("" if "--args" in line else enough + " --position-embedding-type rope")
+        done = subprocess.run(["bash", "-c", before + more], capture_output=True, text=True, timeout=280, env=environment, cwd=ROOT)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        assert len(losses(done.stdout)) == 2

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from muon_dist.groups import STRUCTURE, group_routes, read_groups
 from muon_dist.polar.polynomials import Schedule
+from muon_dist.rendezvous import gather_objects
 from muon_dist.routing import Route, as_patterns, build_param_groups, matches
 from muon_dist.sharding.layout import ShardLayout
 from muon_dist.sharding.plan import Plan
@@ -147,8 +148,7 @@ class MuonDist(torch.optim.Optimizer):
         parts = [Part(each, self._every_group, lambda t: self.state[t], self._spectra, options=options) for each in views]
         sizes = {name: math.prod(whole_shape(p, name)) for p, name in names.items() if p.requires_grad}
         trained = [route.name for route in self.routes if route.algorithm == "muon"]
-        told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, (next(filter(None, (mismatch(stores, names) for stores in host.calls)), ""), sizes, trained))
+        told = gather_objects((next(filter(None, (mismatch(stores, names) for stores in host.calls)), ""), sizes, trained), None)
         for rank, (problem, _, _) in enumerate(told):
             if problem:
                 raise ValueError(f"rank {rank}: {problem}")

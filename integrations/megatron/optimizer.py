@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from muon_dist.groups import read_groups
 from muon_dist.polar.polynomials import Schedule
+from muon_dist.rendezvous import gather_objects
 from muon_dist.routing import Route
 from muon_dist.sharding.plan import Plan
 from muon_dist.telemetry import Telemetry
@@ -120,8 +121,7 @@ class MuonDist(torch.optim.Optimizer):
         if not isinstance(self._wrapper, DistributedOptimizer):
             return []
         ranks = self._wrapper.data_parallel_group
-        told: list[Any] = [None] * dist.get_world_size(ranks)
-        dist.all_gather_object(told, {self._described[piece.parameter].name: piece.group for piece in self._pieces}, group=ranks)
+        told = gather_objects({self._described[piece.parameter].name: piece.group for piece in self._pieces}, ranks)
         known = {name: number for each in told for name, number in each.items()}
         result = []
         for p in absent(self._wrapper, self._pieces):
@@ -156,8 +156,7 @@ class MuonDist(torch.optim.Optimizer):
     def _refuse_unlike(self, unlike: str, views: Sequence[View]) -> None:
         """Raise on all ranks that share parameters where a piece has other values than the model."""
         for group in dict.fromkeys(view.layout.group for view in views):
-            told: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(told, unlike, group=group)
+            told = gather_objects(unlike, group)
             unlike = unlike or next(filter(None, told), "")
         if unlike:
             raise ValueError(

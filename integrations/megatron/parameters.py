@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
+from muon_dist.rendezvous import gather_objects, meet
 from muon_dist.routing import Route, as_patterns, matches, route_parameter
 from muon_dist.sharding.layout import ShardLayout
 
@@ -133,6 +134,7 @@ def _asked(names: Sequence[str], config: MuonDistConfig) -> dict[str, tuple[str,
     hits = {pattern: [name for name in names if matches(pattern, name)] for _, pattern in patterns}
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     anywhere = torch.tensor([bool(hits[pattern]) for _, pattern in patterns], dtype=torch.int32, device=device)
+    meet(range(dist.get_world_size()))
     dist.all_reduce(anywhere, dist.ReduceOp.MAX)
     result: dict[str, tuple[str, str]] = {}
     for (algorithm, pattern), hit in zip(patterns, anywhere.tolist(), strict=True):
@@ -155,8 +157,7 @@ def whole_model(described: Iterable[Described], groups: Groups) -> tuple[list[st
             muon.add(each.name)
     for group in (groups.pp, groups.ep):
         if dist.get_world_size(group) > 1:
-            told: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(told, (sizes, muon), group=group)
+            told = gather_objects((sizes, muon), group)
             sizes = {name: numel for theirs, _ in told for name, numel in theirs.items()}
             muon = {name for _, theirs in told for name in theirs}
     return sorted(muon), sum(sizes.values())
