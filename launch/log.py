@@ -132,6 +132,7 @@ class Log:
         """A line about the steps since the last one. Collective."""
         loss, steps, seconds = meter.read()
         inside, norm, skipped = engine.stopwatch.seconds(), engine.gradient_norm(), engine.skipped_steps()
+        left_out = engine.skipped_updates()
         values = {
             "loss": _finite(loss),
             "lr": engine.learning_rate(),
@@ -140,9 +141,10 @@ class Log:
             "optimizer_seconds": inside / steps,
             "tokens_per_second": self._tokens_per_step * steps / seconds,
             "skipped_steps": skipped,
+            "skipped_updates": left_out,
         }
         self._write("step", {"step": step, "steps": steps, "tokens": tokens, **values}, values)
-        skips = f"  {skipped} skipped" if skipped else ""
+        skips = (f"  {skipped} skipped" if skipped else "") + (f"  {left_out} updates left out" if left_out else "")
         left = (self._options.steps - step) * seconds / steps
         self._last = (
             f"loss {loss:.3f}  lr {values['lr']:.2g}  {values['tokens_per_second']:,.0f} tokens/s  optimizer {inside / seconds:.0%}{skips}"

@@ -35,6 +35,7 @@ ALLOWED_SKIPS: tuple[str, ...] = (
     # where a GPU is, there may be torch and nothing else (tests/gpu.sh)
     "deepspeed is not installed",
     "megatron-core is not installed",
+    "transformers is not installed",
     "gloo lacks a collective for tensors on a GPU",
     # what .ci/run installs, and a user's machine may not have
     "Slurm is not installed",

@@ -117,6 +117,10 @@ class Globals:
             elif isinstance(was, (dict, set)):
                 was.clear()
                 was.update(inside)
+        if "accelerate.state" in sys.modules:  # its singletons keep what they know outside their classes
+            state = sys.modules["accelerate.state"]
+            state.AcceleratorState._reset_state(reset_partial_state=True)
+            state.GradientState._reset_state()
 
     def _differences(self) -> list[tuple[Any, str, Any, Any]]:
         found: list[tuple[Any, str, Any, Any]] = []

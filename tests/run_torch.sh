@@ -18,6 +18,6 @@ cd "$ROOT"
 prepare_environment core-test
 export OMP_NUM_THREADS=1
 core=(adaptive checkpoints gram_space kernels layouts no_waiting optimizer parity plan polar random_configurations reference routing slices
-    spectrum step_counts whole_checkpoints)
+    spectrum step_counts whole_checkpoints edited_state precision unlike_ranks)
 core=("${core[@]/#/tests/test_}")
 exec "$VENV/bin/python" -m pytest "${core[@]/%/.py}" tests/gpu/test_right.py "$@"

@@ -92,7 +92,7 @@ def test_without_restarts_small_directions_are_lost(monkeypatch: pytest.MonkeyPa
     assert errors[0] > 5 * errors[1] and errors[1] < 2 * errors[2]
 
 
-@pytest.mark.parametrize("count", [10, 12])
+@pytest.mark.parametrize("count", [10, pytest.param(12, marks=pytest.mark.more("product"))])
 def test_deep_schedules_in_bf16_don_t_blow_up_where_rows_are_of_unlike_size(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One matrix in fifty did, with segments that matrices of random directions find exact enough."""
     schedule, generator = schedule_for("minimax", count), torch.Generator().manual_seed(0)

@@ -158,8 +158,12 @@ def test_mpi_ranks_with_other_flags_are_named(tmp_path: Path) -> None:
 
 def test_an_mpi_rank_whose_environment_is_set_in_part_ends_all_of_them() -> None:
     bad = f"if [ $PMI_RANK = 1 ]; then export RANK=1; fi; exec {' '.join(TRAIN)} --steps 1"
-    done = launch([str(BIN / "mpiexec"), "-n", "2", "bash", "-c", bad], timeout=60)
-    assert done.returncode != 0 and "the environment is set in part: RANK=1" in done.stderr
+    for _ in range(3):  # mpiexec may end before it has passed on what a rank that ends at once has said
+        done = launch([str(BIN / "mpiexec"), "-n", "2", "bash", "-c", bad], timeout=60)
+        assert done.returncode != 0
+        if done.stderr:
+            break
+    assert "the environment is set in part: RANK=1" in done.stderr
 
 
 @pytest.mark.parametrize(

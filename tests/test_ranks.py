@@ -122,3 +122,18 @@ def test_what_a_test_of_this_process_leaves_behind_is_named() -> None:
     assert before.changed() == ["threads", "environment: LEFT"]
     before.put_back()
     assert before.changed() == []
+
+
+def accelerated(asks: bool) -> bool:
+    """Whether Hugging Face accelerate runs this rank, by which MuonDist decides where momentum is kept."""
+    from accelerate import PartialState
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    if asks:
+        PartialState(cpu=True)
+    return bool(PartialState._shared_state)
+
+
+def test_accelerate_does_not_stay() -> None:
+    assert run_ranks(2, accelerated, True) == [True, True]
+    assert run_ranks(2, accelerated, False) == [False, False]

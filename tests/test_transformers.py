@@ -177,7 +177,7 @@ def under_ddp(folder: str, how: str, steps: int, resume: bool) -> dict[str, Any]
     return {"weights": {n: p.detach().clone() for n, p in trainer.model.named_parameters()}, "held": held}
 
 
-@pytest.mark.parametrize("how", ["helper", "optimizers="])
+@pytest.mark.parametrize("how", ["helper", pytest.param("optimizers=", marks=pytest.mark.more("repeat"))])
 def test_a_run_under_ddp_survives_its_checkpoints_and_goes_on_from_them(how: str, tmp_path: Path) -> None:
     """Rank 0 alone asks for the state dict. With the helper all ranks complete it before; else every rank keeps momentum."""
     whole = run_ranks(2, under_ddp, str(tmp_path / "whole"), how, 5, False, fresh=True)

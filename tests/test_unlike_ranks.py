@@ -188,7 +188,7 @@ def never_comes(where: str) -> tuple[str, float]:
             gradients(model, 1)
             optimizer.step()
         else:
-            time.sleep(9)
+            time.sleep(6)
     except RuntimeError as error:
         return str(error), time.monotonic() - began
     return "", 0.0

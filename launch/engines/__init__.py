@@ -68,6 +68,10 @@ class Engine(ABC):
         """Left out since this process began, because a gradient was not finite."""
         return int(getattr(self.optimizer, "skipped_steps", 0))
 
+    def skipped_updates(self) -> int:
+        """Of single matrices, left out since this process began because they could not be right."""
+        return int(getattr(self.optimizer, "skipped_updates", 0))
+
     def state_bytes(self) -> int:
         """Of the optimizer's state on this rank."""
         held = (v for entry in self.optimizer.state.values() for v in entry.values() if isinstance(v, Tensor))

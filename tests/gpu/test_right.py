@@ -144,11 +144,12 @@ def test_torchs_precision_of_fp32_products_is_what_fp32_iterations_have(precisio
     assert max(errors_of(Model(**EXACT)).values()) < bound
 
 
-DEEP = {"deepseek_v4": 10, "minimax": 12, "polar_express": 8}
+DEEP = {"deepseek_v4": 10, "minimax": 12}
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("highest", "fp32"), ("high", "fp32"), ("medium", "fp32"), ("highest", "bf16"), ("highest", "fp16")]
+)
 @pytest.mark.parametrize("polynomial", DEEP)
 def test_deep_schedules_stand_every_precision_of_products(polynomial: str, precision: str, dtype: str) -> None:
     """Segments that were chosen for other rounding blow up; the guard would leave such updates out, and count them."""
