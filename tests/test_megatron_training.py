@@ -159,7 +159,7 @@ def test_the_bench_compares_all_modes(tmp_path: Path) -> None:
     theirs = [f"Megatron's, {mode}" for mode in ("blockwise", "duplicated", "distributed")]
     assert list(record["seconds"]) == [*theirs, "MuonDist, 5 steps", "MuonDist, adaptive"]
     assert record["differs"]["Megatron's, blockwise"] > 0.1 and record["differs"]["MuonDist, 5 steps"] < 2e-4
-    # every matrix once instead of on both ranks; as many bytes as gathering it there takes, and two numbers: finite gradients, updates left out
+    # every matrix once instead of on both ranks; as many bytes as gathering it there takes, and two numbers that are added up
     assert record["flops"]["MuonDist, 5 steps"] < 0.5 * record["flops"]["Megatron's, duplicated"]
     assert record["received"]["MuonDist, 5 steps"] <= record["received"]["Megatron's, duplicated"] + 8
     done = run([*command, "--hidden", "64"])
