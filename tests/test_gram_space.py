@@ -139,8 +139,16 @@ def test_segments_that_are_exact_alone_and_not_together_are_not_taken_together(m
     assert best_segments((JORDAN,) * 5, torch.float32, lambda n: 10.0 + n) == (2, 1, 1, 1)  # the one that is worse alone is let go
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        ("cpu", torch.float32),
+        ("cuda", torch.bfloat16),
+        *(pytest.param("cpu", dtype, marks=pytest.mark.more("product")) for dtype in (torch.float16, torch.bfloat16)),
+        *(pytest.param("cuda", dtype, marks=pytest.mark.more("product")) for dtype in (torch.float32, torch.float16)),
+    ],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
 def test_the_chosen_form_never_takes_more_operations_than_the_direct_one(device: str, dtype: torch.dtype) -> None:
     for schedule in SCHEDULES.values():
         for rows, cols in [(512, 512), (768, 3072), (3072, 768), (4096, 14336), (4096, 1024), (1, 7), (0, 5), (40, 40)]:

@@ -197,7 +197,6 @@ def never_comes(where: str) -> tuple[str, float]:
 @pytest.mark.parametrize(
     ("where", "words"),
     [
-        ("bind", "rank 1 did not come to bind the optimizer within 2 s; the ranks [0, 1, 2] were expected"),
         ("layouts", "rank 1 did not come to bind the optimizer within 2 s; the ranks [0, 1, 2] were expected"),
         ("step", "rank 1 did not come to step 2 in time; the ranks [0, 1, 2] were expected"),
     ],

@@ -77,14 +77,15 @@ def parts(device: str, quick: bool, out: Path) -> list[Part]:
         )
     ]
     if quick:
+        most = 200  # a machine that runs other tests beside these may be many times slower
         small = ("training", "--steps", 4, "--seeds", 1, "--width", 16, "--layers", 1, "--batch", 2, "--context", 16)
         return [
             *right,
-            bench("ns", "", 60, "ns", "--shapes", "48x48", "40x160", "--batch", 1, 2, "--rounds", 1, "--compiled"),
-            bench("step", "", 60, "step", "--model", "configs/models/gpt-5m.json", "--layers", 1, "--pairs", 1, "--ranks", 1),
-            bench("overhead", "", 60, "overhead", "--width", 16, "--layers", 1, "--cycles", 1),
-            bench("training", "", 60, *small, "--dtype", "bf16", "--variants", *VARIANTS, *_picture(out)),
-            bench("probes", "", 60, "probes", "--sizes", 32, 64, "--directions", 4, "--batch", 2, "--rounds", 1),
+            bench("ns", "", most, "ns", "--shapes", "48x48", "40x160", "--batch", 1, 2, "--rounds", 1, "--compiled"),
+            bench("step", "", most, "step", "--model", "configs/models/gpt-5m.json", "--layers", 1, "--pairs", 1, "--ranks", 1),
+            bench("overhead", "", most, "overhead", "--width", 16, "--layers", 1, "--cycles", 1),
+            bench("training", "", most, *small, "--dtype", "bf16", "--variants", *VARIANTS, *_picture(out)),
+            bench("probes", "", most, "probes", "--sizes", 32, 64, "--directions", 4, "--batch", 2, "--rounds", 1),
         ]
     kernels = ["--symmetric-kernels"] if device == "cuda" else []
     model = ("--model", "configs/models/llama-8b.json", "--layers", 4)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 def gpu_sh(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHON": sys.executable, **variables}
     command = ["bash", str(ROOT / "tests" / "gpu.sh"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment, check=False)
 
 
 def test_every_part_runs_on_a_cpu_and_tells_its_figures(tmp_path: Path) -> None:
