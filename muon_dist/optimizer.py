@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -197,8 +198,10 @@ class MuonDist(torch.optim.Optimizer):
         self._options, self._nonfinite, self._replicate_momentum = options, nonfinite, replicate_momentum
         self._start_unbound(process_group, dict(layouts or {}))
         self._reading = False  # the constructor's groups are read as a whole, later ones as they come
-        super().__init__(read_groups(params, defaults, self._layouts), defaults)
+        items = params if isinstance(params, (Tensor, set, frozenset)) else list(params)
+        super().__init__(read_groups(items, defaults, self._layouts), defaults)
         self._reading = True
+        _warn_of_halves(items, len(self.param_groups))
         if self._telemetry is not None and all(group.get("ns_steps") != "adaptive" for group in self.param_groups):
             raise ValueError("telemetry reports what adaptive step counts measure, but no group has ns_steps='adaptive'")
 
@@ -637,6 +640,17 @@ class MuonDist(torch.optim.Optimizer):
             self._start_unbound(None, {})
             self._detached = own["detached"]
             self._reading = True
+
+
+def _warn_of_halves(given: Any, made: int) -> None:
+    """Say that groups were divided, before a scheduler with one value for each of those that were given complains of their number."""
+    several = [item for item in given if isinstance(item, dict)]
+    if len(several) > 1 and made > len(several):
+        warnings.warn(
+            f"{len(several)} parameter groups became {made}: Muon's part and AdamW's part of a group are groups of their own. What takes "
+            "one value per group, such as LambdaLR, needs one for each of optimizer.param_groups; groups with 'algorithm' stay whole",
+            stacklevel=3,
+        )
 
 
 def _under_accelerate() -> bool:

@@ -195,6 +195,22 @@ def test_two_parameters_of_one_name_are_refused() -> None:
         optimizer.bind()
 
 
+def test_groups_that_became_more_are_spoken_of_before_a_scheduler_counts_them() -> None:
+    def groups() -> list[dict[str, Any]]:
+        return [{"params": list(nn.Linear(4, 6).named_parameters(f"layers.{k}"))} for k in range(2)]
+
+    with pytest.warns(
+        UserWarning, match="2 parameter groups became 4: Muon's part and AdamW's part .* such as LambdaLR, needs one for each"
+    ):
+        optimizer = MuonDist(groups(), ns_steps=5)
+    with pytest.raises(ValueError, match="Expected 4 lr_lambdas, but got 2"):  # torch's own
+        torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda _: 1.0, lambda _: 0.5])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MuonDist([{**group, "params": group["params"][:1], "algorithm": "muon"} for group in groups()], ns_steps=5)
+        MuonDist(nn.Linear(4, 6).named_parameters(), ns_steps=5)
+
+
 # ----------------------------------------------------------------------------------------------------------------- loading
 
 
