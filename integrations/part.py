@@ -24,8 +24,7 @@ from muon_dist.polar.polynomials import Schedule
 from muon_dist.rendezvous import gather_objects, meet
 from muon_dist.sharding.layout import ShardLayout
 from muon_dist.sharding.plan import Plan
-
-ADAMW_STATE = ("exp_avg", "exp_avg_sq")
+from muon_dist.sharding.state import VALUES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +156,7 @@ class Part:
 
 def new_state(tensor: Tensor, algorithm: str) -> dict[str, Tensor]:
     """The state of a host's tensor before the first step."""
-    keys = ("momentum_buffer",) if algorithm == "muon" else ADAMW_STATE
-    state = {key: torch.zeros_like(tensor, requires_grad=False) for key in keys}
+    state = {key: torch.zeros_like(tensor, requires_grad=False) for key in VALUES[algorithm]}
     return {**state, "step": torch.zeros((), dtype=torch.float32, device=tensor.device)}
 
 

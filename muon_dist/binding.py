@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .adaptation import Adaptation, attach_controllers
-from .comparison import all_gather_rows, compare
+from .comparison import all_have, compare
 from .groups import PlanOptions, fixed_schedule
 from .polar.cost import flops_of, form_name, segments_of, sliced_flops_of, workspace_bytes
 from .polar.matrix_view import Matrix, matrices_of
@@ -301,9 +301,7 @@ def rebalanced(domain: Domain, options: PlanOptions) -> Domain | None:
     better = _make_domain(domain.ranks, domain.parameters, domain.process_group, options)
     if better.plan.imbalance() * sum(work) * EVEN_ENOUGH > busiest * domain.plan.n_ranks:
         return None
-    digest = torch.tensor(list(bytes.fromhex(better.plan.digest())), dtype=torch.int64, device="cpu")
-    digests = all_gather_rows(digest, better)
-    if (digests != digests[0]).any():
+    if not all_have(bytes.fromhex(better.plan.digest()), better):
         raise ValueError(f"the ranks {list(domain.ranks)} don't agree on new owners: their measured step counts differ")
     return better
 

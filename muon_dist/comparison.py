@@ -16,7 +16,7 @@ from torch import Tensor
 from .groups import POLICY_KEYS
 from .rendezvous import BIND, gather_objects, wait_in_time
 from .sharding.layout import Fragment, local_tensor
-from .sharding.state import is_elsewhere, is_unset, unset
+from .sharding.state import VALUES, is_elsewhere, is_unset, unset
 
 if TYPE_CHECKING:
     from .binding import BoundParameter, Domain
@@ -37,8 +37,7 @@ def compare(domain: Domain, state: Mapping[Tensor, Mapping[str, Any]]) -> None:
         return
     _compare_parameters(domain)
     compare_state(domain, state)
-    plans = all_gather_rows(torch.tensor(list(bytes.fromhex(domain.plan.digest())), dtype=torch.int64, device="cpu"), domain)
-    if (plans != plans[0]).any():
+    if not all_have(bytes.fromhex(domain.plan.digest()), domain):
         raise ValueError(
             f"the ranks {list(domain.ranks)} don't agree on what they train: their layouts, polynomials, dtypes or bucket sizes differ"
         )
@@ -61,9 +60,7 @@ def _compare_parameters(domain: Domain) -> None:
         for b in domain.parameters
     ]
     lines.append(f"fp32 products in {domain.products.fp32} (torch.set_float32_matmul_precision)")
-    digest = hashlib.sha256("\n".join(lines).encode()).digest()
-    digests = all_gather_rows(torch.tensor(list(digest), dtype=torch.int64, device="cpu"), domain)
-    if (digests != digests[0]).any():
+    if not all_have(hashlib.sha256("\n".join(lines).encode()).digest(), domain):
         everyone = gather_objects(lines, domain.process_group)
         raise ValueError(f"the ranks {list(domain.ranks)} don't agree on what they train: {_first_difference(domain, everyone)}")
 
@@ -94,8 +91,7 @@ def compare_state(domain: Domain, state: Mapping[Tensor, Mapping[str, Any]]) -> 
 
 def _described(b: BoundParameter, entry: Mapping[str, Any]) -> Tensor:
     """(4,), int64: whether there is state, AdamW's step count, and checksums of the spectrum and of the state's values."""
-    keys = ("momentum_buffer",) if b.muon else ("exp_avg", "exp_avg_sq")
-    values = [entry.get(key, unset()) for key in keys]
+    values = [entry.get(key, unset()) for key in VALUES[b.group["algorithm"]]]
     code = _ELSEWHERE if any(map(is_elsewhere, values)) else _UNSET if any(map(is_unset, values)) else _HERE
     step = 0 if b.muon or code != _HERE or is_unset(entry.get("step", unset())) else int(entry["step"])
     spectrum = checksum(entry["spectrum"]) if isinstance(entry.get("spectrum"), Tensor) else 0
@@ -145,6 +141,12 @@ def _only_one_has(ours: Sequence[str], theirs: Sequence[str], here: int, there: 
         if only:
             return f"; only rank {rank} trains {min(only)}. Freeze it on all ranks, or on none"
     return ""
+
+
+def all_have(digest: bytes, domain: Domain) -> bool:
+    """Whether all ranks have the same digest. Collective."""
+    digests = all_gather_rows(torch.tensor(list(digest), dtype=torch.int64, device="cpu"), domain)
+    return bool((digests == digests[0]).all())
 
 
 def all_gather_rows(row: Tensor, domain: Domain, what: str = BIND) -> Tensor:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .groups import POLICY_KEYS, STRUCTURE
 from .polar.polynomials import JORDAN
-
-# What wrappers put into names: torch.compile, activation checkpointing, DistributedDataParallel
-_WRAPPERS = re.compile(r"(^|(?<=\.))(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.|^module\.")
+from .roles import WRAPPERS
 
 
 def translate_state(state_dict: Mapping[str, Any], current: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -90,7 +87,9 @@ def _by_name(saved_groups: Sequence[Mapping[str, Any]], current: Sequence[Mappin
 
 
 def _names(group: Mapping[str, Any]) -> list[str]:
-    return [_WRAPPERS.sub("", name) for name in group.get("param_names") or ()]
+    """Without what wrappers put into them; the first part is DistributedDataParallel's."""
+    plain = (name.removeprefix("module.").split(".") for name in group.get("param_names") or ())
+    return [".".join(part for part in parts if part not in WRAPPERS) for parts in plain]
 
 
 def _complete(names: Sequence[str], group: Mapping[str, Any]) -> bool:

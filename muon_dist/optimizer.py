@@ -40,7 +40,7 @@ from .rendezvous import meet, told, wait_in_time
 from .routing import Route
 from .sharding.layout import ShardLayout
 from .sharding.plan import Plan
-from .sharding.state import complete_replicas, elsewhere, fit_state, is_absent, is_elsewhere, is_unset, unset
+from .sharding.state import VALUES, complete_replicas, elsewhere, fit_state, is_absent, is_elsewhere, is_unset, unset
 from .step import Step
 from .telemetry import Telemetry
 
@@ -59,7 +59,7 @@ REBIND_KEYS = (
 )
 
 
-_MUON_STATE, _ADAMW_STATE = frozenset({"momentum_buffer"}), frozenset({"step", "exp_avg", "exp_avg_sq"})
+_STATE_KEYS = {"muon": frozenset(VALUES["muon"]), "adamw": frozenset({"step", *VALUES["adamw"]})}  # every entry has them
 
 
 class MuonDist(torch.optim.Optimizer):
@@ -241,7 +241,7 @@ class MuonDist(torch.optim.Optimizer):
 
     def _declare_state(self, route: Route, p: Tensor, group: Mapping[str, Any]) -> None:
         """Give a parameter its state entry. Keys are equal on all ranks from the start; memory comes when layouts are known."""
-        for key in _MUON_STATE if group["algorithm"] == "muon" else _ADAMW_STATE:
+        for key in _STATE_KEYS[group["algorithm"]]:
             self.state[p].setdefault(key, unset())
         if group["algorithm"] == "muon" and policy_of(group) is not None and "spectrum" not in self.state[p]:
             shape = self._layouts[route.name].global_shape if route.name in self._layouts else tuple(p.shape)
@@ -317,7 +317,7 @@ class MuonDist(torch.optim.Optimizer):
         self._collect_measurements()
         for group in self.param_groups:
             check_group(group)
-        self._keep_state_of(p for group in self.param_groups for p in group["params"])
+        self._drop_state_of_others()
         self._meet()
         if self._world != self._world_now():
             self._world, self._groups = self._world_now(), {}
@@ -350,9 +350,9 @@ class MuonDist(torch.optim.Optimizer):
         self._iterations = 0
         self._signature = self._what_is_bound()
 
-    def _keep_state_of(self, parameters: Iterable[Tensor]) -> None:
+    def _drop_state_of_others(self) -> None:
         """Let go of the state of parameters that were taken out of the groups, or replaced there by their host."""
-        kept = set(parameters)
+        kept = {p for group in self.param_groups for p in group["params"]}
         for p in [p for p in self.state if p not in kept]:
             del self.state[p]
 
@@ -361,7 +361,7 @@ class MuonDist(torch.optim.Optimizer):
         for domain in self._domains:
             for b in domain.parameters:
                 entry = self.state[b.parameter]
-                if not entry.keys() >= (_MUON_STATE if b.muon else _ADAMW_STATE):
+                if not entry.keys() >= _STATE_KEYS[b.group["algorithm"]]:
                     self._declare_state(b.route, b.parameter, b.group)
                     self._allocate_state(domain, b)
                 if b.rows is not None and entry.get("spectrum") is not b.rows:
@@ -401,7 +401,7 @@ class MuonDist(torch.optim.Optimizer):
 
     def _allocate_state(self, domain: Domain, bound: BoundParameter) -> None:
         p, state = bound.parameter, self.state[bound.parameter]
-        for key in ("momentum_buffer",) if bound.muon else ("exp_avg", "exp_avg_sq"):
+        for key in VALUES[bound.group["algorithm"]]:
             if not is_absent(state[key]):
                 state[key] = fit_state(state[key], p, bound.placement.fragments[domain.me], bound.name)
             elif bound.muon and not domain.owns(bound):
@@ -474,9 +474,11 @@ class MuonDist(torch.optim.Optimizer):
         scale = getattr(self, "grad_scale", None)
         if scale is None:
             return
+        reciprocal = scale.double().reciprocal().float()
+        inverses = {device: reciprocal.to(device) for device in {g.device for g in grads.values() if g is not None}}
         for b, g in grads.items():
             if g is not None:
-                inverse = scale.double().reciprocal().float().to(g.device)
+                inverse = inverses[g.device]
                 grads[b] = g.mul_(inverse) if g.dtype in (torch.float32, torch.float64) else g.float().mul_(inverse)
 
     @record_function("muon_dist::adapt")
@@ -570,7 +572,7 @@ class MuonDist(torch.optim.Optimizer):
             RuntimeError: replicated parameters' momentum lives with other ranks; call `consolidate()` on all ranks first.
         """
         self._collect_measurements()
-        self._keep_state_of(p for group in self.param_groups for p in group["params"])
+        self._drop_state_of_others()
         self._declare_all()
         missing = 0
         complete: defaultdict[Any, dict[str, Any]] = defaultdict(dict)

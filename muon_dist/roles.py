@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -18,10 +18,8 @@ _MAPS = (nn.Linear, nn.Bilinear, CONVOLUTIONS, nn.RNNBase, nn.RNNCellBase, nn.Mu
 
 # ------------------------------------------------------------------------------------------------------- names behind wrappers
 
-_WRAPPERS = {
-    *("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"),  # torch.compile, activation checkpointing, FSDP
-    *("base_layer", "original_module", "token_adapter"),  # PEFT
-}
+WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})  # torch.compile, activation checkpointing, FSDP
+_PEFT = frozenset({"base_layer", "original_module", "token_adapter"})
 _OF_THE_LAYER_BEFORE = re.compile(r"^lora_[AB]$|^lora_embedding_[AB]$|^trainable_tokens_delta$")  # PEFT's, with the adapter's name after it
 
 
@@ -36,7 +34,7 @@ def plain_parts(name: str) -> list[str]:
             return [*result, "gain" if parts[-1] == "original0" else parts[k + 1]]  # weight_norm's size and direction
         elif _OF_THE_LAYER_BEFORE.match(part):
             return [*result, "weight"]
-        elif part not in _WRAPPERS:
+        elif part not in WRAPPERS | _PEFT:
             result.append(part)
         k += 1
     if result and result[-1] in ("weight_v", "weight_orig"):  # the older weight_norm and spectral_norm
@@ -195,8 +193,11 @@ def _is_known(module: nn.Module) -> bool:
     return is_map(module) or isinstance(module, EMBEDDINGS)
 
 
-def output_heads(model: nn.Module) -> dict[int, str]:
-    """id of a module -> why its weight is an output head: the model says so, its name, or its place and size."""
+def output_heads(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[int, str]:
+    """id of a module -> why its weight is an output head: the model says so, its name, or its place and size.
+
+    `modules` are the model's, by path (`modules_by_path`).
+    """
     heads: dict[int, str] = {}
     for module in model.modules():
         says = getattr(module, "get_output_embeddings", None)  # transformers
@@ -206,11 +207,11 @@ def output_heads(model: nn.Module) -> dict[int, str]:
             head = None
         if isinstance(head, nn.Module):
             heads[id(head)] = "output head, as the model says (get_output_embeddings)"
-    paths = {path: m for path, m in modules_by_path(model).items() if isinstance(m, (nn.Linear, CONVOLUTIONS))}
+    paths = {path: m for path, m in modules.items() if isinstance(m, (nn.Linear, CONVOLUTIONS))}
     for path, module in paths.items():
         parts = [*filter(None, path.lower().split(".")), "weight"]
         if len(parts) > 1 and not any("attn" in part or "attention" in part for part in parts[:-2]):
-            head = head_by_name(parts, tuple(module.weight.shape) if module.weight.ndim > 1 else _declared(module))
+            head = head_by_name(parts, _declared(module))
             if head is not None:
                 heads.setdefault(id(module), f"output head, by its name ({head})")
     for sequence in model.modules():
@@ -219,11 +220,7 @@ def output_heads(model: nn.Module) -> dict[int, str]:
             for module in inside[:-1]:
                 if heads.get(id(module), "").startswith("output head, by its name"):
                     del heads[id(module)]
-    symbols = [
-        m.num_embeddings
-        for path, m in modules_by_path(model).items()
-        if isinstance(m, EMBEDDINGS) and not _POSITION.search(path.split(".")[-1])
-    ]
+    symbols = [m.num_embeddings for path, m in modules.items() if isinstance(m, EMBEDDINGS) and not _POSITION.search(path.split(".")[-1])]
     linear = [(path, m) for path, m in paths.items() if isinstance(m, nn.Linear)]
     if linear and symbols and linear[-1][1].out_features == max(symbols) and not _NUMBERED_LAYER.search(linear[-1][0]):
         reason = f"output head: the last linear layer, its {max(symbols)} outputs are the symbols of an embedding"
@@ -232,7 +229,7 @@ def output_heads(model: nn.Module) -> dict[int, str]:
 
 
 def _declared(module: nn.Module) -> tuple[int, ...]:
-    """The shape of a weight that is stored in another form, as ZeRO's flat shards are."""
+    """The shape of its weight, which may be stored in another form (ZeRO's shards), or be computed when it is read (spectral_norm)."""
     if isinstance(module, nn.Linear):
         return (module.out_features, module.in_features)
     assert isinstance(module, CONVOLUTIONS)

@@ -140,7 +140,7 @@ def build_param_groups(
     modules = roles.modules_by_path(model)
     # a tied weight is an embedding, whichever module comes last
     embeddings = {id(m._parameters.get("weight")): m for m in model.modules() if isinstance(m, roles.EMBEDDINGS)}
-    heads = roles.output_heads(model)
+    heads = roles.output_heads(model, modules)
     asked_for = [(kind, p) for kind, given in (("muon", muon), ("adamw", adamw)) for p in as_patterns(given, kind)]
     if split is not None and not isinstance(split, Mapping):
         raise ValueError(f"split maps patterns to sizes, such as {{{str(split)!r}: [q, k, v]}}, got {split!r}")

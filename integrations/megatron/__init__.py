@@ -7,7 +7,8 @@ README.md beside this file has the support table and what each flag does.
 import os
 import sys
 
-if sys.argv[0] == "-m" and len(sys.argv) > 1:  # `python -m` imports this before __main__ runs: the script's own megatron wins
+# `python -m` imports this before __main__ runs, with "-m" as the script's name: the megatron beside the script comes first
+if sys.argv[0] == "-m" and __name__ in sys.orig_argv and len(sys.argv) > 1:
     sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[1])))
 
 from .arguments import add_muon_dist_args

@@ -18,10 +18,7 @@ def main(arguments: list[str]) -> int:
         asked = f"there is no script {arguments[0]!r}. " if arguments else ""
         print(f"{asked}usage: python -m muon_dist.integrations.megatron pretrain_gpt.py --optimizer muon_dist [flags]", file=sys.stderr)
         return 2
-    sys.argv = arguments
-    folder = os.path.dirname(os.path.abspath(arguments[0]))
-    if sys.path[:1] != [folder]:
-        sys.path.insert(0, folder)  # as `python SCRIPT` does; the package has done so already
+    sys.argv = arguments  # its folder is on sys.path already, by the package's __init__
     core: Any = importlib.import_module("megatron.core")
     if os.environ.get("RANK", "0") == "0":
         print(f"muon_dist {muon_dist.__version__} in Megatron core {core.__version__}, {os.path.dirname(core.__file__)}", flush=True)

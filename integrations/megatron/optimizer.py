@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from muon_dist.groups import read_groups
 from muon_dist.polar.polynomials import Schedule
+from muon_dist.polar.products import product_settings
 from muon_dist.rendezvous import gather_objects
 from muon_dist.routing import Route
 from muon_dist.sharding.plan import Plan
@@ -32,12 +33,18 @@ from muon_dist.version import __version__ as version
 
 from ..part import Part, View, new_state, not_finite
 from ..settings import DEFAULTS, naming
-from .parameters import Described, Groups, describe, groups_of, whole_model
+from .parameters import Described, Groups, current_device, describe, groups_of, whole_model
 from .settings import FLAGS, MuonDistConfig, arguments, completed, plan_options, refuse_unsupported
 from .wrappers import FlatBuffers, Piece, absent, pieces, whole_piece
 
 # What saved groups carry of ours: Megatron's wrappers pass groups through as they are
 SAVED = "muon_dist"
+
+# Of a checkpoint that Megatron's Adam or Muon wrote
+FOREIGN = (
+    "this checkpoint's optimizer state is not MuonDist's in this form: it was written by another optimizer, or with the distributed "
+    "optimizer where this run has none, or the other way round. To start from its weights alone: --no-load-optim, or --finetune"
+)
 
 megatrons = megatron_optimizer.get_megatron_optimizer  # its own, also after `register`
 _building = 0
@@ -238,9 +245,7 @@ class MuonDist(torch.optim.Optimizer):
         kept: dict[str, Any] = {}
         for group in state_dict["param_groups"]:
             if SAVED not in group:
-                raise ValueError(
-                    "this checkpoint's optimizer state is not MuonDist's. To start from its weights alone: --no-load-optim, or --finetune"
-                )
+                raise ValueError(FOREIGN)
             kept = json.loads(group[SAVED])
         for described in (self._described[piece.parameter] for piece in self._pieces):
             saved = "muon" if described.name in kept["muon"] else "adamw"
@@ -274,17 +279,9 @@ def _rows(numbers: list[list[float | None]]) -> Tensor:
 @contextmanager
 def _matmul_precision(wanted: str) -> Iterator[None]:
     """torch's precision of that name for fp32 products; for "low" and "medium" Newton–Schulz is in bf16, and nothing else multiplies."""
-    backends: Any = torch.backends
-    matmuls = (backends.cuda.matmul, backends.mkldnn.matmul)
-    before = [matmul.fp32_precision for matmul in matmuls]
-    asked = {"high": "tf32", "highest": "ieee"}.get(wanted)
-    try:
-        for matmul in matmuls if asked is not None else ():
-            matmul.fp32_precision = asked
+    asked = {"high": {"fp32_precision": "tf32"}, "highest": {"fp32_precision": "ieee"}}.get(wanted, {})
+    with product_settings("cpu", asked), product_settings("cuda", asked):
         yield
-    finally:
-        for matmul, was in zip(matmuls, before, strict=True):
-            matmul.fp32_precision = was
 
 
 class MuonDistOptimizer(ChainedOptimizer):
@@ -347,7 +344,7 @@ class MuonDistOptimizer(ChainedOptimizer):
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
         """Step all wrappers, or none of them. Collective over all ranks."""
-        bad = not_finite((g for inside in self._inside for g in inside.gradients()), _device()).to(torch.int32)
+        bad = not_finite((g for inside in self._inside for g in inside.gradients()), current_device()).to(torch.int32)
         dist.all_reduce(bad, dist.ReduceOp.MAX)
         if bad.item():  # Megatron has just waited for the norm of the gradients
             self.skipped_steps += 1
@@ -393,12 +390,11 @@ class MuonDistOptimizer(ChainedOptimizer):
         if is_loading:
             self._refuse_other_form(options.get("metadata"))
             return super().sharded_state_dict(model_sharded_state_dict, is_loading, **options)
-        steps = torch.tensor([inside.steps_taken for inside in self._inside], dtype=torch.int64, device=_device())
+        steps = torch.tensor([inside.steps_taken for inside in self._inside], dtype=torch.int64, device=current_device())
         dist.all_reduce(steps, dist.ReduceOp.MAX)
         known = [inside.spectra() for inside in self._inside]
         for group in (self._groups.pp, self._groups.ep):
-            told: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(told, known, group=group)
+            told = gather_objects(known, group, "save a checkpoint")
             known = [{name: rows for spectra in each for name, rows in spectra.items()} for each in zip(*told, strict=True)]
         try:
             for inside, spectra, step in zip(self._inside, known, steps.tolist(), strict=True):
@@ -407,17 +403,6 @@ class MuonDistOptimizer(ChainedOptimizer):
         finally:
             for inside in self._inside:
                 inside.others_spectra, inside.others_step = {}, 0
-
-
-# Of a checkpoint that Megatron's Adam or Muon wrote
-FOREIGN = (
-    "this checkpoint's optimizer state is not MuonDist's in this form: it was written by another optimizer, or with the distributed "
-    "optimizer where this run has none, or the other way round. To start from its weights alone: --no-load-optim, or --finetune"
-)
-
-
-def _device() -> torch.device:
-    return torch.device(torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def get_muon_dist_optimizer(

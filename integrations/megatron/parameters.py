@@ -57,6 +57,11 @@ def groups_of(given: ProcessGroupCollection | None) -> Groups:
     return Groups(**found)
 
 
+def current_device() -> torch.device:
+    """Where Megatron's collectives want their tensors."""
+    return torch.device(torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def describe(model_chunks: Sequence[nn.Module], config: MuonDistConfig, groups: Groups) -> dict[Tensor, Described]:
     """Every trainable parameter of this rank's model: its route, and its layout from the elements that a rank stores. Collective."""
     expert_parallel = groups.ep
@@ -132,8 +137,7 @@ def _asked(names: Sequence[str], config: MuonDistConfig) -> dict[str, tuple[str,
     if not patterns:
         return {}
     hits = {pattern: [name for name in names if matches(pattern, name)] for _, pattern in patterns}
-    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-    anywhere = torch.tensor([bool(hits[pattern]) for _, pattern in patterns], dtype=torch.int32, device=device)
+    anywhere = torch.tensor([bool(hits[pattern]) for _, pattern in patterns], dtype=torch.int32, device=current_device())
     meet(range(dist.get_world_size()))
     dist.all_reduce(anywhere, dist.ReduceOp.MAX)
     result: dict[str, tuple[str, str]] = {}

@@ -9,7 +9,6 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 import transformers
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -73,7 +72,7 @@ def optimizer_cls_and_kwargs(args: TrainingArguments, **settings: Any) -> tuple[
         "adam_eps": args.adam_epsilon,
     }
     with naming(names_given(settings)):
-        read_groups([("weight", nn.Parameter(torch.empty(2, 2)))], {**DEFAULTS, **given, **arguments}, {})  # raises for a value
+        read_groups([{"params": [], "algorithm": "muon"}], {**DEFAULTS, **given, **arguments}, {})  # raises for a value
     return MuonDistFactory, {**given, **arguments, **patterns}
 
 

@@ -219,7 +219,7 @@ def orthogonalize_batch(
     products = products or products_on(x.device.type)
     segments = segments_of(schedule.steps, *shape, x.dtype, products)
     # One matrix after the other where a batched product gains nothing: on a CPU the working set then fits its caches. Otherwise batched, a
-    # batch of one as well: a matrix comes out the same to the last bit whichever others share its owner. (Half precision doesn't batched.)
+    # batch of one as well: a matrix comes out the same to the last bit whichever others share its owner. (In half precision not on a CPU.)
     one_by_one = x.device.type == "cpu" and (min(shape) >= 192 or x.dtype in (torch.bfloat16, torch.float16))
     with own_products(x.device.type):
         for k in range(x.shape[0]) if one_by_one else [slice(None)]:

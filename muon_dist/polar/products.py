@@ -9,7 +9,7 @@ import functools
 import importlib.util
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -48,24 +48,33 @@ _SUMS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision
 
 
 @contextmanager
+def product_settings(device_type: str, wanted: Mapping[str, Any]) -> Iterator[None]:
+    """torch's settings of matrix products on a CPU or on CUDA as `wanted`, by attribute, and afterwards as they were."""
+    backends: Any = torch.backends
+    matmul = (backends.cuda if device_type == "cuda" else backends.mkldnn).matmul
+    before = {name: getattr(matmul, name) for name in wanted}
+    try:
+        for name, value in wanted.items():
+            setattr(matmul, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(matmul, name, value)
+
+
+@contextmanager
 def own_products(device_type: str, *, exact: bool = False) -> Iterator[None]:
     """Products in the dtype of their factors, whatever a model's autocast says, and added up in fp32 where that is half precision:
     segments of Newton–Schulz are chosen for such sums. With `exact`, fp32 factors are not rounded either, whatever torch's settings say.
     """
-    matmul = {"cpu": torch.backends.mkldnn, "cuda": torch.backends.cuda}.get(device_type, torch.backends.mkldnn).matmul
-    wanted: dict[str, Any] = {name: False for name in _SUMS if getattr(matmul, name)} if device_type == "cuda" else {}
+    wanted: dict[str, Any] = {}
+    if device_type == "cuda":
+        wanted = {name: False for name in _SUMS if getattr(torch.backends.cuda.matmul, name)}
     if exact and fp32_precision(device_type) != "ieee":
         wanted["fp32_precision"] = "ieee"
-    before = {name: getattr(matmul, name) for name in wanted}
     autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
-        try:
-            for name, value in wanted.items():
-                setattr(matmul, name, value)
-            yield
-        finally:
-            for name, value in before.items():
-                setattr(matmul, name, value)
+    with torch.autocast(device_type, enabled=False) if autocast else nullcontext(), product_settings(device_type, wanted):
+        yield
 
 
 @dataclass(frozen=True)
