@@ -15,6 +15,7 @@ from muon_dist.cli.plan import plan_model, predict, report
 from muon_dist.cli.table import si
 from muon_dist.groups import PlanOptions
 from muon_dist.run import Ranks
+from muon_dist.spectrum.policy import Policy
 
 
 def dry_run(options: Options, ranks: Ranks) -> None:
@@ -53,7 +54,7 @@ def dry_run(options: Options, ranks: Ranks) -> None:
         print("optimizer: AdamW on every rank's own shards, nothing to plan")
         return
     adaptive, five = options.ns_steps in (None, "adaptive"), 5
-    schedules = predict(parameters, options.coverage or 0.9)[0] if adaptive else None
+    schedules = predict(parameters, Policy(accuracy=options.accuracy, coverage=options.coverage))[0] if adaptive else None
     steps = five if adaptive else int(options.ns_steps or five)
     plan, state, adamw = plan_model(parameters, dp=dp, tp=tp, zero=zero, ns_steps=steps, options=PlanOptions(), schedules=schedules)
     print(f"\nMuon, {'step counts as the scaling laws predict them until they are measured' if adaptive else f'{steps} steps'}:")

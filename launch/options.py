@@ -27,6 +27,7 @@ IN_DEEPSPEED_CONFIG = {
     "decay": "scheduler",
     "min_lr_ratio": "scheduler",
     "ns_steps": "optimizer.params.ns_steps",
+    "accuracy": "optimizer.params.accuracy",
     "coverage": "optimizer.params.coverage",
     "burn_in": "optimizer.params.burn_in",
     "measure_every": "optimizer.params.measure_every",
@@ -74,10 +75,11 @@ class Options:
     decay: int | None = None
     min_lr_ratio: float | None = 0.1
     ns_steps: str | int | None = "adaptive"
-    coverage: float | None = 0.9
-    burn_in: int | None = 10
+    accuracy: str | None = None
+    coverage: float | None = None
+    burn_in: int | None = 0
     measure_every: int | None = 20
-    deflation: int | None = 0
+    deflation: int | None = None
 
     deepspeed_config: str | None = None
     tp: int = 1
@@ -168,10 +170,21 @@ def parser() -> argparse.ArgumentParser:
     add(optimizer, "decay", "steps at the end over which the rate falls (default: half)", type=int)
     add(optimizer, "min_lr_ratio", "what it falls to, as a share of the peak", type=float)
     add(optimizer, "ns_steps", "Newton–Schulz steps: adaptive, or a number")
-    add(optimizer, "coverage", "for adaptive steps: share of directions to bring near 1", type=float)
+    add(
+        optimizer,
+        "accuracy",
+        "for adaptive steps: no further from UVᵀ than so many Jordan steps (default jordan5)",
+        choices=[f"jordan{k}" for k in range(3, 9)],
+    )
+    add(optimizer, "coverage", "for adaptive steps, instead: share of directions to bring near 1, at any price", type=float)
     add(optimizer, "burn_in", "for adaptive steps: steps until the first measurement", type=int)
     add(optimizer, "measure_every", "for adaptive steps: steps between two measurements of a matrix", type=int)
-    add(optimizer, "deflation", "dominant directions taken out before Newton–Schulz", type=int)
+    add(
+        optimizer,
+        "deflation",
+        "dominant directions flattened before Newton–Schulz (default: 0; adaptive: as many as pay)",
+        type=int,
+    )
 
     hosts = root.add_argument_group("engines")
     add(hosts, "deepspeed_config", "for --engine deepspeed: batch, precision, schedule, clipping and optimizer", metavar="FILE")
@@ -280,7 +293,7 @@ def completed(given: dict[str, Any]) -> Options:
 
 def _complete_optimizer(options: dict[str, Any], given: dict[str, Any]) -> None:
     if options["optimizer"] == "adamw":
-        for name in ("adam_lr", "ns_steps", "coverage", "burn_in", "measure_every", "deflation"):
+        for name in ("adam_lr", "ns_steps", "accuracy", "coverage", "burn_in", "measure_every", "deflation"):
             if name in given:
                 raise ValueError(f"{flag(name)} needs --optimizer muon_dist")
             options[name] = None
@@ -289,7 +302,7 @@ def _complete_optimizer(options: dict[str, Any], given: dict[str, Any]) -> None:
             options["ns_steps"] = int(options["ns_steps"])
         except ValueError:
             raise ValueError(f"--ns-steps must be 'adaptive' or a number, got {options['ns_steps']!r}") from None
-        for name in ("coverage", "burn_in", "measure_every"):
+        for name in ("accuracy", "coverage", "burn_in", "measure_every"):
             if name in given:
                 raise ValueError(f"{flag(name)} is for adaptive steps, and --ns-steps is {options['ns_steps']}")
             options[name] = None

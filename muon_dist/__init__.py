@@ -5,7 +5,7 @@ from .polar.newton_schulz import orthogonalize
 from .polar.polynomials import Schedule
 from .routing import build_param_groups
 from .sharding.layout import ShardLayout
-from .spectrum.controller import choose_schedule
+from .spectrum.policy import choose_schedule
 from .version import __version__
 
 __all__ = ["MuonDist", "Schedule", "ShardLayout", "__version__", "build_param_groups", "choose_schedule", "orthogonalize"]

@@ -1,14 +1,20 @@
-"""Adaptive step counts across ranks: every rank of a domain keeps the controllers of all its matrices and feeds them alike.
+"""Adaptive schedules across ranks: what is measured at a step, who decides, and when it takes effect.
 
-At a measured step the owners' moments are summed into one small tensor by an all-reduce that nobody waits for; LAG steps later
-every rank reads it and decides. Schedules therefore never travel, and all state is the same on all ranks of the domain.
+At a measured step owners write the moments of that orthogonalisation into one small tensor, which an all-reduce shares: every
+rank's state then holds the measurement. LAG steps later each measured matrix is decided on by one rank, in turns, and a second small
+all-reduce shares the decisions, which take effect at the next step. So every rank has the same state because it received it; nothing is
+decided twice, and the more ranks, the less each has to do. Nobody waits for either all-reduce before it is needed.
 """
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -16,153 +22,288 @@ from torch import Tensor
 from .groups import policy_of
 from .polar.newton_schulz import moment_count
 from .polar.polynomials import Schedule
-from .spectrum.controller import ROW_WIDTH, STEPS, TAKEN, Controller
+from .polar.products import SymmetricProducts
+from .rendezvous import wait_in_time
+from .spectrum import record as columns
+from .spectrum.moments import spectrum_from_moments
+from .spectrum.policy import Policy, Work
+from .spectrum.record import Choice, Decision, blank_rows, read_rows
 from .spectrum.scaling_law import relative_depths
+from .spectrum.timetable import are_due
 
 if TYPE_CHECKING:
-    from .binding import BoundParameter, Domain
+    from .binding import BoundParameter
 
+# Steps between a measurement and the decision, while moments are shared and copied to the host; a decision takes effect SHARED steps later
+LAG, SHARED = 2, 1
+# Every so many measurements one takes as many steps as see the noise floor, where a coverage is asked for: it counts what lies above
+PROBE_EVERY = 8
 # Owners are looked at anew this many measuring periods apart
 REBALANCE_PERIODS = 4
 
 
-def blank_rows(count: int) -> Tensor:
-    """The state of a parameter's `count` matrices before anything is known: (count, ROW_WIDTH), fp64, on the CPU."""
-    rows = torch.full((count, ROW_WIDTH), float("nan"), dtype=torch.float64, device="cpu")
-    rows[:, TAKEN] = 0
-    return rows
+def blank_state(count: int) -> Tensor:
+    """The state of a parameter's `count` matrices before anything is known."""
+    return torch.from_numpy(blank_rows(count))
 
 
-def attach_controllers(
-    parameters: Sequence[BoundParameter], state: Mapping[Tensor, dict[str, Tensor]], all_names: Sequence[str] = ()
-) -> None:
-    """Give the matrices of adaptive groups their controllers, which work on `state[parameter]["spectrum"]` in place.
-
-    Rows that are blank, or of another number of matrices since a parameter is split differently now, begin with the prior.
-    """
+def assign_policies(parameters: Sequence[BoundParameter], all_names: Sequence[str] = ()) -> None:
+    """Give parameters of adaptive groups their policy, and where their block stands in the model."""
     adaptive = [(b, policy) for b in parameters if b.muon and (policy := policy_of(b.group)) is not None]
     depths = relative_depths([*(b.name for b, _ in adaptive), *all_names])
     for (b, policy), depth in zip(adaptive, depths, strict=False):  # the depths of other names are left over
-        b.depth = depth
-        b.controllers = [Controller(policy, min(matrix.shape), blank_rows(1)[0].numpy()) for matrix in b.matrices]
-        if b.matrices:  # a frozen parameter keeps what was measured
-            attach_rows(b, state[b.parameter])
+        b.depth, b.policy = depth, policy
 
 
-def attach_rows(b: BoundParameter, entry: dict[str, Tensor]) -> None:
-    """Let a parameter's controllers work on `entry["spectrum"]`, which a host may have replaced; blank rows begin with the prior."""
-    given, count = entry.get("spectrum"), len(b.matrices)
-    if given is None or tuple(given.shape) != (count, ROW_WIDTH):
-        given = blank_rows(count)
-    b.rows = entry["spectrum"] = rows = given.detach().to("cpu", torch.float64).contiguous()
-    for part, controller in enumerate(b.controllers):
-        if rows[part, STEPS].isnan():
-            prior = controller.policy.prior(b.name, part, count, b.depth, controller.rank)
-            rows[part].copy_(torch.from_numpy(Controller.new_row(prior)))
-        controller.row = rows[part].numpy()
+@dataclass(kw_only=True)
+class Places:
+    """The ranks among which measurements and decisions are shared."""
+
+    me: int
+    ranks: tuple[int, ...]
+    process_group: dist.ProcessGroup | None
+    device: torch.device
 
 
 class Adaptation:
-    """The controllers of a domain's matrices, what is measured at this step, and what has been measured but not read."""
+    """What is known of the matrices of one domain, what is measured at this step, and what is under way.
 
-    def __init__(self, domain: Domain) -> None:
-        self.domain = domain
-        self.controllers: list[Controller | None] = []
-        for b in domain.parameters:
-            self.controllers += b.controllers or [None] * len(b.matrices)
-        self.measuring: dict[int, int] = {}  # matrix -> step count of its measurement at this step
+    Args:
+        parameters: the domain's, in its order; those that adapt have a policy. Matrices are numbered through all of them.
+        state: the optimizer's. "spectrum" of every parameter that adapts becomes a view of `rows`.
+    """
+
+    def __init__(
+        self, parameters: Sequence[BoundParameter], state: Mapping[Tensor, dict[str, Tensor]], places: Places, products: SymmetricProducts
+    ) -> None:
+        self.places = places
+        self.measuring: dict[int, Schedule] = {}  # matrix -> what it is orthogonalised with at this step, where it is measured
         self.changed: list[int] = []  # matrices that have another schedule at this step than at the last
+        self.schedules: list[Schedule] = []
+        self._adapting: list[BoundParameter] = []
+        self._matrices: list[int] = []  # of each row
+        self._policies: list[Policy] = []  # of each row
+        self._works: list[Work] = []
+        self._moments: list[_Sharing] = []
+        self._decisions: list[_Sharing] = []
+        matrix, first = 0, 0
+        for b in parameters:
+            if b.policy is not None and b.matrices:
+                b.row = first
+                first += len(b.matrices)
+                self._adapting.append(b)
+                self._matrices += range(matrix, matrix + len(b.matrices))
+                self._policies += [b.policy] * len(b.matrices)
+                self._works += [Work(m.rows, m.cols, b.compute_dtype, products) for m in b.matrices]
+            matrix += len(b.matrices)
+        self.rows = blank_rows(first)  # (rows, ROW_WIDTH) fp64
+        self._tensor = torch.from_numpy(self.rows)
+        self._fresh: list[int] = []  # rows that have the prior
+        for b in self._adapting:
+            self.take_over(b, state[b.parameter])
+        self._share_priors()
+        self._row_of = {matrix: row for row, matrix in enumerate(self._matrices)}
+        self._numbers = np.arange(first)
+        self._every = np.array([p.measure_every for p in self._policies], np.int64)
+        self._burn_in = np.array([p.burn_in for p in self._policies], np.int64)
+        at = 0
+        for b in parameters:
+            self.schedules += [self.schedule_of(at + k) for k in range(len(b.matrices))] if b.fixed is None else [b.fixed] * len(b.matrices)
+            at += len(b.matrices)
         self._buffer = torch.empty(0, device="cpu")
-        self._pending: list[_Pending] = []
-        adaptive = [c for c in self.controllers if c is not None]
-        for k, c in enumerate(adaptive):  # spread evenly over the cycle
-            c.phase = k * c.policy.measure_every // len(adaptive)
-        self.active = bool(adaptive)
-        self.schedules: list[Schedule] = [s for b in domain.parameters for s in b.schedules]
+
+    def take_over(self, b: BoundParameter, entry: dict[str, Tensor]) -> None:
+        """Go on from `entry["spectrum"]`, which a host may have replaced, and put a view of `rows` in its place.
+
+        Raises:
+            ValueError: rows of another form.
+        """
+        count, policy = len(b.matrices), b.policy
+        assert policy is not None
+        mine = self.rows[b.row : b.row + count]
+        if (given := entry.get("spectrum")) is not None:
+            tol = policy.probe.tol
+            rows = read_rows(given, b.name or str(b.placement.shape), deflation=policy.deflation or 0, tol=tol)
+            if len(rows) == count:
+                mine[:] = rows
+            else:
+                warnings.warn(
+                    f"{b.name}: its state has measured spectra of {len(rows)} matrices, and it is split into {count} now: measured anew",
+                    stacklevel=2,
+                )
+        for part, row in enumerate(mine):
+            if math.isnan(row[columns.STEPS]):
+                prior = policy.prior(b.name, part, count, b.depth, self._works[b.row + part])
+                row[columns.IN_FORCE] = Decision(choice=prior).numbers()
+                self._fresh.append(b.row + part)
+        b.spectrum = entry["spectrum"] = self._tensor[b.row : b.row + count]
+
+    def _share_priors(self) -> None:
+        """Take the first rank's priors: logarithms differ between CPUs in their last bits, and a law may lie at a threshold. Collective."""
+        if self.places.process_group is None or not self.active:
+            return
+        chosen = torch.from_numpy(self.rows[:, columns.DEFLATION : columns.TOL + 1].copy()).to(self.places.device)
+        first = self.places.ranks[0]
+        wait_in_time(dist.broadcast(chosen, first, group=self.places.process_group, async_op=True), self.places.ranks)
+        self.rows[self._fresh, columns.DEFLATION : columns.TOL + 1] = chosen.cpu().numpy()[self._fresh]
+
+    def taken_over(self, b: BoundParameter, entry: Mapping[str, Tensor]) -> bool:
+        """Whether the state of a parameter still holds its view of `rows`."""
+        return b.spectrum is None or entry.get("spectrum") is b.spectrum
+
+    @property
+    def active(self) -> bool:
+        return bool(self._policies)
+
+    def decision_of(self, matrix: int) -> Decision:
+        """What is in force for a matrix that adapts."""
+        return Decision.of(self.rows[self._row_of[matrix], columns.IN_FORCE])
+
+    def taken(self, matrix: int) -> int:
+        """Steps that a matrix has taken."""
+        return int(self.rows[self._row_of[matrix], columns.TAKEN])
+
+    def work_of(self, matrix: int) -> Work:
+        return self._works[self._row_of[matrix]]
+
+    def schedule_of(self, matrix: int) -> Schedule:
+        """The schedule in force for a matrix that adapts."""
+        row = self._row_of[matrix]
+        return self._policies[row].schedule(self._choice(row))
+
+    def _choice(self, row: int) -> Choice:
+        """What is in force; bounds that have changed since it was chosen hold at once."""
+        deflation, steps, tol = self.rows[row, [columns.DEFLATION, columns.STEPS, columns.TOL]]
+        policy = self._policies[row]
+        return Choice(int(deflation), min(max(int(steps), policy.min_ns_steps), policy.max_ns_steps), float(tol))
 
     def begin_step(self) -> list[int]:
-        """Let due measurements take effect; which matrices were decided anew. Sets what this step measures."""
+        """Let decisions take effect, decide on what was measured, and set what this step measures; which matrices were decided anew."""
         self.measuring, self.changed = {}, []
         if not self.active:
             return []
-        if any(p.is_due(self.controllers) for p in self._pending):
-            self.collect()
-        decided = []
-        for i, c in enumerate(self.controllers):
-            if c is None:
-                continue
-            if c.due():
-                if c.decide():
-                    self.changed.append(i)
-                decided.append(i)
-            if (steps := c.measures_with()) is not None:
-                self.measuring[i] = steps
-        width = max((moment_count(steps) for steps in self.measuring.values()), default=0)
-        self._buffer = torch.zeros(len(self.measuring), width, dtype=torch.float64, device=self.domain.device)
-        self._places = {i: k for k, i in enumerate(self.measuring)}
-        self.schedules = [s if c is None else c.schedule for s, c in zip(self.schedules, self.controllers, strict=True)]
+        taken = self.rows[:, columns.TAKEN]
+        self._receive(taken)
+        decided = self._put_in_force(taken)
+        self._decide(taken)
+        due = are_due(taken, self._numbers, len(self.rows), self._every, self._burn_in)
+        due &= (self.rows[:, columns.MEASURED_AT] < 0) & (self.rows[:, columns.DECIDED_AT] < 0)
+        for row in np.flatnonzero(due).tolist():
+            self.measuring[self._matrices[row]] = self._policies[row].schedule(self._measured_with(row))
+        width = max((moment_count(len(s), s.deflation) for s in self.measuring.values()), default=0)
+        self._buffer = torch.zeros(len(self.measuring), width, dtype=torch.float64, device=self.places.device)
+        self._line_of = {matrix: k for k, matrix in enumerate(self.measuring)}
         return decided
+
+    def _measured_with(self, row: int) -> Choice:
+        policy = self._policies[row]
+        floor = policy.reference is None and self.rows[row, columns.MEASUREMENTS] % PROBE_EVERY == 1
+        return policy.to_measure(self._choice(row), self._works[row], floor=floor)
+
+    def _put_in_force(self, taken: np.ndarray) -> list[int]:
+        decided_at = self.rows[:, columns.DECIDED_AT]
+        decided = []
+        for row in np.flatnonzero((decided_at >= 0) & (taken >= decided_at + SHARED)).tolist():
+            matrix, known = self._matrices[row], self.rows[row]
+            known[columns.IN_FORCE], known[columns.DECIDED_AT], known[columns.NEXT] = known[columns.NEXT], -1, math.nan
+            if (schedule := self.schedule_of(matrix)) != self.schedules[matrix]:
+                self.schedules[matrix] = schedule
+                self.changed.append(matrix)
+            decided.append(matrix)
+        return decided
+
+    def _decide(self, taken: np.ndarray) -> None:
+        """Decide on this rank's share of what was measured LAG steps ago, and share that."""
+        measured_at = self.rows[:, columns.MEASURED_AT]
+        due = np.flatnonzero((measured_at >= 0) & (taken >= measured_at + LAG))
+        if not len(due):
+            return
+        results = np.zeros((len(due), columns.WIDTH_OF_DECISION))
+        for k, row in enumerate(due.tolist()):
+            if k % len(self.places.ranks) == self.places.me:
+                results[k] = self._decision(row).numbers()
+        self.rows[due, columns.MEASURED_AT], self.rows[due, columns.MOMENTS], self.rows[due, columns.DECIDED_AT] = -1, math.nan, taken[due]
+        self._decisions.append(_Sharing(torch.from_numpy(results), due, taken[due].copy(), self.places))
+
+    def _decision(self, row: int) -> Decision:
+        """What a measurement makes of the decision in force. A matrix that was zero then, or whose step was skipped, tells nothing."""
+        policy, work, known = self._policies[row], self._works[row], self.rows[row]
+        before = Decision.of(known[columns.IN_FORCE])
+        deflation, steps, tol = known[columns.MEASURED_WITH]
+        choice = Choice(int(deflation), int(steps), float(tol))
+        schedule = policy.schedule(choice)
+        moments = known[columns.MOMENTS][: moment_count(len(schedule), schedule.deflation)]
+        spectrum = spectrum_from_moments(moments, schedule, work.rank)
+        if spectrum is None:
+            return before
+        return policy.decide(spectrum, work, before, reaches_floor=spectrum.resolution <= policy.floor)
 
     def schedule_now(self, matrix: int) -> Schedule:
         """What a matrix is orthogonalised with at this step."""
-        controller, steps = self.controllers[matrix], self.measuring.get(matrix)
-        return self.schedules[matrix] if controller is None or steps is None else controller.policy.schedule(steps)
+        return self.measuring.get(matrix) or self.schedules[matrix]
 
     def record(self, matrix: int, moments: Tensor) -> None:
-        """Keep what an owner measured at this step: (3 + 4k,) on the domain's device."""
-        self._buffer[self._places[matrix], : len(moments)] = moments
+        """Keep what an owner measured at this step, on the domain's device."""
+        self._buffer[self._line_of[matrix], : len(moments)] = moments
 
     def end_step(self) -> None:
         """Count the step, and share what was measured."""
-        for c in self.controllers:
-            if c is not None:
-                c.take_step()
+        if not self.active:
+            return
+        taken = self.rows[:, columns.TAKEN]
         if self.measuring:
-            self._pending.append(_Pending(self._buffer, dict(self.measuring), self.controllers, self.domain))
+            rows = np.array([self._row_of[matrix] for matrix in self.measuring])
+            self.rows[rows, columns.MEASURED_WITH] = [self._measured_with(row) for row in rows.tolist()]
+            self.rows[rows, columns.MEASURED_AT] = taken[rows]
+            self._moments.append(_Sharing(self._buffer, rows, taken[rows].copy(), self.places))
+        taken += 1
+
+    def _receive(self, taken: np.ndarray, *, all_of_it: bool = False) -> None:
+        """Write what has arrived, or is due, into the rows; the host waits for it, if it has not arrived yet."""
+        for sharing in [s for s in self._moments if all_of_it or bool((taken[s.rows] >= s.at + LAG).any())]:
+            values = sharing.wait()
+            self.rows[sharing.rows, columns.MOMENTS.start : columns.MOMENTS.start + values.shape[1]] = values
+            self._moments.remove(sharing)
+        for sharing in [s for s in self._decisions if all_of_it or bool((taken[s.rows] >= s.at + SHARED).any())]:
+            self.rows[sharing.rows, columns.NEXT] = sharing.wait()
+            self._decisions.remove(sharing)
 
     def collect(self) -> None:
-        """Write what has been measured into the rows: the host waits for it, if it has not arrived yet."""
-        for pending in self._pending:
-            pending.write(self.controllers)
-        self._pending = []
+        """Write all that is under way into the rows."""
+        if self.active:
+            self._receive(self.rows[:, columns.TAKEN], all_of_it=True)
 
     def is_time_for_new_owners(self) -> bool:
         """Whether owners are looked at anew before the coming step: the same answer on all ranks."""
-        active = [c for c in self.controllers if c is not None]
-        if not active or self.domain.process_group is None:
+        if not self.active or self.places.process_group is None:
             return False
-        since = int(active[0].row[TAKEN]) - min(c.policy.burn_in for c in active)
-        return since > 0 and since % (REBALANCE_PERIODS * min(c.policy.measure_every for c in active)) == 0
+        since = int(self.rows[0, columns.TAKEN]) - int(self._burn_in.min())
+        return since > 0 and since % (REBALANCE_PERIODS * int(self._every.min())) == 0
 
 
-class _Pending:
-    """Moments on their way to all ranks and to the host."""
+class _Sharing:
+    """Numbers on their way to all ranks and to the host, summed up: each rank has zeros where another has something to say."""
 
-    def __init__(self, buffer: Tensor, measuring: dict[int, int], controllers: Sequence[Controller | None], domain: Domain) -> None:
-        self._measuring = measuring
-        self._at = {i: int(c.row[TAKEN]) - 1 for i in measuring if (c := controllers[i]) is not None}
-        self._buffer, self._work, self._event = buffer, None, None
-        if domain.process_group is not None:
-            self._work = dist.all_reduce(buffer, group=domain.process_group, async_op=True)
-        if buffer.device.type != "cpu":
+    def __init__(self, numbers: Tensor, rows: np.ndarray, at: np.ndarray, places: Places) -> None:
+        self.rows, self.at = rows, at
+        self._work, self._event = None, None
+        if places.process_group is not None:
+            numbers = numbers.to(places.device, non_blocking=True)
+            self._work = dist.all_reduce(numbers, group=places.process_group, async_op=True)
+        self._numbers = numbers
+        if numbers.device.type != "cpu":
             if self._work is not None:
                 self._work.wait()  # on the device's stream; the host goes on
-            self._host = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu", pin_memory=True)
-            self._host.copy_(buffer, non_blocking=True)
-            self._event = torch.Event(buffer.device)
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._event = torch.Event(numbers.device)
             self._event.record()
 
-    def is_due(self, controllers: Sequence[Controller | None]) -> bool:
-        return any((c := controllers[i]) is not None and c.is_lag_over(at) for i, at in self._at.items())
-
-    def write(self, controllers: Sequence[Controller | None]) -> None:
+    def wait(self) -> np.ndarray:
         if self._event is not None:
             self._event.synchronize()
-            values = self._host.numpy()
-        else:
-            if self._work is not None:
-                self._work.wait()
-            values = self._buffer.numpy()
-        for row, (i, steps) in zip(values, self._measuring.items(), strict=True):
-            if (c := controllers[i]) is not None:
-                c.measured(row[: moment_count(steps)], steps, self._at[i])
+        elif self._work is not None:
+            self._work.wait()
+        values: np.ndarray = self._numbers.numpy()
+        values[np.isnan(values)] = math.nan  # with one sign and payload, so that all ranks have the same bits
+        return values

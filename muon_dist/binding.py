@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .adaptation import Adaptation, attach_controllers
+from .adaptation import Adaptation, Places, assign_policies
 from .comparison import all_have, compare
 from .groups import PlanOptions, fixed_schedule
 from .polar.cost import flops_of, form_name, segments_of, sliced_flops_of, workspace_bytes
@@ -40,7 +40,7 @@ from .sharding.layout import (
 from .sharding.owners import EVEN_ENOUGH
 from .sharding.plan import Plan, make_plan
 from .sharding.tasks import SLICED, MatrixTask, SlicedCost
-from .spectrum.controller import Controller
+from .spectrum.policy import Policy
 
 
 @dataclass(eq=False, kw_only=True)
@@ -58,9 +58,10 @@ class BoundParameter:
     position: int = -1  # in its domain
     matrices: tuple[Matrix, ...] = ()
     fixed: Schedule | None = None  # of all its matrices, where step counts don't adapt
-    controllers: list[Controller] = field(default_factory=list)  # one per matrix, where they do
-    rows: Tensor | None = None  # what the controllers work on: the state's "spectrum"
-    depth: float = 1.0  # relative, of its block in the model; for controllers and what they report
+    policy: Policy | None = None  # where they do
+    row: int = -1  # of its first matrix, in what its domain's adaptation knows
+    spectrum: Tensor | None = None  # its rows there, which its state holds
+    depth: float = 1.0  # relative, of its block in the model
     compute_dtype: torch.dtype = torch.float32
     wire_dtype: torch.dtype = torch.float32
 
@@ -71,11 +72,6 @@ class BoundParameter:
     @property
     def local(self) -> Tensor:
         return local_tensor(self.parameter).detach()  # in this order: to detach a DTensor takes ten times as long
-
-    @property
-    def schedules(self) -> list[Schedule]:
-        """Each matrix's schedule, as it stands."""
-        return [c.schedule for c in self.controllers] if self.fixed is None else [self.fixed] * len(self.matrices)
 
     def compute_dtype_for(self, schedule: Schedule) -> torch.dtype:
         """What a matrix is computed in: as asked, or by the schedule's reach on an accelerator."""
@@ -94,6 +90,7 @@ class Domain:
     device: torch.device
     products: SymmetricProducts
     parameters: list[BoundParameter]
+    adaptation: Adaptation
     plan: Plan
     exchange: Exchange
     matrices: list[Matrix]  # parallel to plan.matrices
@@ -104,13 +101,11 @@ class Domain:
     first_bucket: list[list[int]] = field(default_factory=list)  # parameters whose first matrix travels in a bucket
     last_bucket: list[list[int]] = field(default_factory=list)
     replicate_momentum: bool = False  # every rank keeps the momentum of plain replicas, not their owners alone
-    adaptation: Adaptation = field(init=False)
     left_out: Tensor = field(init=False)  # updates of this rank's matrices that were no polar factors, and that others don't know of
     iteration: Tensor = field(init=False)  # how often gradients were reset since binding; beyond COUNTED from 0 again
     _flags: tuple[list[bool], Tensor] = field(default_factory=lambda: ([], torch.empty(0, device="cpu")))  # the last that were asked for
 
     def __post_init__(self) -> None:
-        self.adaptation = Adaptation(self)
         self.left_out, self.iteration = torch.zeros(2, dtype=torch.int32, device=self.device).unbind()
 
     def owns(self, bound: BoundParameter) -> bool:
@@ -164,7 +159,7 @@ def bind_domains(
     """
     explicit = _exchange_layouts(entries, process_group, layouts, groups)
     bound = [_bind_parameter(*entry, process_group, explicit.get(entry[0]), layouts.get(entry[0])) for entry in entries]
-    attach_controllers(bound, state, all_names)
+    assign_policies(bound, all_names)
     by_ranks: dict[tuple[int, ...], list[BoundParameter]] = {}
     for b in bound:
         by_ranks.setdefault(b.ranks, []).append(b)
@@ -172,7 +167,7 @@ def bind_domains(
     for ranks in sorted(by_ranks, key=lambda r: (-len(r), r)):
         members = by_ranks[ranks]
         known = next((b.known_group for b in members if b.known_group is not None), None)
-        domains.append(_make_domain(ranks, members, _group_of(ranks, known, groups), options))
+        domains.append(_new_domain(ranks, members, _group_of(ranks, known, groups), options, state))
     together = set(_ranks_of(process_group))
     for domain in domains:
         if not together.issuperset(domain.ranks):
@@ -229,7 +224,13 @@ def _bind_parameter(
     return bound
 
 
-def _make_domain(ranks: tuple[int, ...], members: list[BoundParameter], group: dist.ProcessGroup | None, options: PlanOptions) -> Domain:
+def _new_domain(
+    ranks: tuple[int, ...],
+    members: list[BoundParameter],
+    group: dist.ProcessGroup | None,
+    options: PlanOptions,
+    state: Mapping[Tensor, dict[str, Tensor]],
+) -> Domain:
     if all(b.name for b in members):
         members = sorted(members, key=lambda b: b.name)  # so that ranks whose groups are ordered differently agree
     devices = {b.device for b in members}
@@ -239,26 +240,39 @@ def _make_domain(ranks: tuple[int, ...], members: list[BoundParameter], group: d
         )
     device = next(iter(devices))
     products = options.products_on(device.type)
+    me = ranks.index(dist.get_rank()) if len(ranks) > 1 else 0
+    adaptation = Adaptation(members, state, Places(me=me, ranks=ranks, process_group=group, device=device), products)
+    return _planned(ranks, members, adaptation, products, options)
+
+
+def _planned(
+    ranks: tuple[int, ...],
+    members: list[BoundParameter],
+    adaptation: Adaptation,
+    products: SymmetricProducts,
+    options: PlanOptions,
+) -> Domain:
+    """The domain with a plan for its schedules as they stand."""
+    places = adaptation.places
+    me, device, group = places.me, places.device, places.process_group
     tasks: list[MatrixTask] = []
     matrices: list[Matrix] = []
     for position, b in enumerate(members):
         b.position = position
         if b.matrices:
             key = (b.fixed or "adaptive", str(b.compute_dtype), b.group["compute_dtype"] is None, b.group["eps"])
-            tasks += matrix_tasks(b.name, position, b.matrices, b.schedules, b.compute_dtype, b.wire_dtype, products, batch_key=key)
+            schedules = adaptation.schedules[len(matrices) : len(matrices) + len(b.matrices)]
+            tasks += matrix_tasks(b.name, position, b.matrices, schedules, b.compute_dtype, b.wire_dtype, products, batch_key=key)
             matrices += b.matrices
     plan = make_plan(
         [b.placement for b in members], tasks, n_ranks=len(ranks), bucket_bytes=options.bucket_bytes, placement=options.placement
     )
-    me = ranks.index(dist.get_rank()) if len(ranks) > 1 else 0
     for b in members:
         if b.matrices and not _stored_as_box(b, me) and not b.local.is_contiguous():
             raise ValueError(
                 f"{b.name} is stored as a flat fragment that is not contiguous; make it contiguous before it reaches the optimizer"
             )
-    keys: list[Hashable] = [
-        (task.batch_key, schedule) for task, schedule in zip(tasks, (s for b in members for s in b.schedules), strict=True)
-    ]
+    keys: list[Hashable] = [(task.batch_key, schedule) for task, schedule in zip(tasks, adaptation.schedules, strict=True)]
     domain = Domain(
         batch_keys=keys,
         ranks=ranks,
@@ -267,6 +281,7 @@ def _make_domain(ranks: tuple[int, ...], members: list[BoundParameter], group: d
         device=device,
         products=products,
         parameters=members,
+        adaptation=adaptation,
         plan=plan,
         exchange=Exchange(
             tuple(_route(plan, bucket, members, me, keys) for bucket in range(len(plan.buckets))), group=group, device=device
@@ -292,13 +307,14 @@ def rebalanced(domain: Domain, options: PlanOptions) -> Domain | None:
         return None
     work = [
         flops_of(*matrix.shape, schedule, b.compute_dtype, domain.products)
-        for b in domain.parameters
-        for matrix, schedule in zip(b.matrices, b.schedules, strict=True)
+        for (b, matrix), schedule in zip(
+            ((b, matrix) for b in domain.parameters for matrix in b.matrices), domain.adaptation.schedules, strict=True
+        )
     ]
     busiest = np.bincount(domain.plan.owners, work, domain.plan.n_ranks).max(initial=0.0)
     if busiest * domain.plan.n_ranks <= EVEN_ENOUGH * sum(work):
         return None
-    better = _make_domain(domain.ranks, domain.parameters, domain.process_group, options)
+    better = _planned(domain.ranks, domain.parameters, domain.adaptation, domain.products, options)
     if better.plan.imbalance() * sum(work) * EVEN_ENOUGH > busiest * domain.plan.n_ranks:
         return None
     if not all_have(bytes.fromhex(better.plan.digest()), better):
@@ -347,9 +363,7 @@ def matrix_tasks(
     ]
 
 
-def _sliced_cost(matrix: Matrix, schedule: Schedule, compute_dtype: torch.dtype, products: SymmetricProducts) -> SlicedCost | None:
-    if schedule.deflation:
-        return None
+def _sliced_cost(matrix: Matrix, schedule: Schedule, compute_dtype: torch.dtype, products: SymmetricProducts) -> SlicedCost:
     fixed, per_line, added_up = sliced_flops_of(*matrix.shape, schedule, compute_dtype, products)
     squares = workspace_bytes(*[min(matrix.shape)] * 2, itemsize=compute_dtype.itemsize, in_place=True)
     return SlicedCost(fixed=fixed, per_line=per_line, added_up=added_up, workspace=squares)

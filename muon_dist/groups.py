@@ -25,12 +25,12 @@ from .roles import says_nothing
 from .routing import ALGORITHMS, Route, refuse_flattened, route_parameter
 from .sharding.layout import ShardLayout
 from .sharding.owners import PLACEMENTS
-from .spectrum.controller import Policy
+from .spectrum.policy import Policy
 
 # Keys that describe a group itself; a loaded state dict never changes them.
 STRUCTURE = frozenset({"params", "param_names", "name", "algorithm", "reasons", "kind", "split", "transpose"})
 # What only ns_steps="adaptive" takes; None stands for the default of `Policy`.
-POLICY_KEYS = frozenset({"coverage", "tol", "min_ns_steps", "max_ns_steps", "measure_every", "burn_in", "noise_floor"})
+POLICY_KEYS = frozenset({"accuracy", "coverage", "tol", "min_ns_steps", "max_ns_steps", "measure_every", "burn_in", "noise_floor"})
 MUON_KEYS = frozenset(
     {"lr", "weight_decay", "momentum", "nesterov", "ns_steps", "polynomial", "deflation", "adjust_lr_fn", "compute_dtype", "wire_dtype"}
     | {"eps", "extra_scale_factor"}
@@ -317,7 +317,7 @@ def policy_of(group: Mapping[str, Any]) -> Policy | None:
         given["floor"] = given.pop("noise_floor")
     if group["polynomial"] is not None:
         given["polynomial"] = group["polynomial"]
-    return Policy(**given, deflation=group["deflation"])
+    return Policy(**given, deflation=group.get("deflation"))
 
 
 def fixed_schedule(group: Mapping[str, Any]) -> Schedule | None:
@@ -328,4 +328,4 @@ def fixed_schedule(group: Mapping[str, Any]) -> Schedule | None:
     if isinstance(steps, bool) or not isinstance(steps, int):
         raise ValueError(f"ns_steps must be 'adaptive' or an integer, got {steps!r}")
     schedule = schedule_for("jordan" if group["polynomial"] is None else group["polynomial"], steps)
-    return dataclasses.replace(schedule, deflation=group["deflation"])
+    return dataclasses.replace(schedule, deflation=0 if group.get("deflation") is None else group["deflation"])

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.profiler import record_function
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .adaptation import attach_rows, blank_rows
+from .adaptation import blank_state
 from .agreement import COUNTED, Agreement, Lagged, agree_on_gradients
 from .binding import BoundParameter, Domain, bind_domains, rebalanced
 from .comparison import all_gather_rows
@@ -77,13 +77,16 @@ class MuonDist(torch.optim.Optimizer):
             5 is plain Muon, equal to `torch.optim.Muon`.
         polynomial: "jordan", "polar_express", "cans", "deepseek_v4", "minimax", one (a, b, c) repeated, or one (a, b, c) per step;
             None: "jordan" for a fixed number of steps, "minimax" for adaptive ones (which take these two only).
-        deflation: dominant directions that are taken out of every matrix and set to 1 by themselves, so that the others are iterated
-            at their own scale: fewer steps for the cost of 16·deflation·m·n operations.
-        coverage, tol, noise_floor: for adaptive steps: bring this share (.9) of a matrix's directions above the noise floor (1e-4·‖M‖_F)
-            to within tol (.3) of 1.
-        min_ns_steps, max_ns_steps: for adaptive steps: their bounds (2 and 12). A rare measurement of the noise floor takes 6.
-        measure_every, burn_in: for adaptive steps: steps between two measurements of a matrix (50), and before the first (50); until
-            then scaling laws predict what it needs.
+        deflation: dominant singular values of every matrix that are lowered first to lie among the others, which are then iterated at
+            their own scale: fewer steps for the cost of 12·deflation·m·n operations. None: none for fixed steps; for adaptive ones as many
+            as make the whole cheapest, chosen with the steps.
+        accuracy: for adaptive steps: "jordan5" (the default), the cheapest steps that leave a matrix no further from its polar factor than
+            five Jordan steps, and none that are dearer; "jordan3" to "jordan8" likewise.
+        coverage, tol: for adaptive steps, instead: bring this share of a matrix's directions to within tol (.3) of 1, at any price.
+        noise_floor: for adaptive steps: directions below this share of ‖M‖_F (1e-4) are not counted.
+        min_ns_steps, max_ns_steps: for adaptive steps: their bounds (1 and 12). With coverage, a rare measurement takes 6.
+        measure_every, burn_in: for adaptive steps: steps between two measurements of a matrix (50), which are denser at first, and
+            before the first (0). Until that takes effect, three steps later, scaling laws predict what a matrix needs.
         adjust_lr_fn: "match_rms_adamw" (0.2·√max(rows, cols)), "original" or None (√max(1, rows/cols)), "spectral"
             (√(rows/cols)) or "none".
         extra_scale_factor: multiplies every update of Muon beside that, and not its weight decay.
@@ -146,7 +149,8 @@ class MuonDist(torch.optim.Optimizer):
         replicate_momentum: bool | None = None,
         nonfinite: str = "skip",
         extra_scale_factor: float = 1.0,
-        deflation: int = 0,
+        deflation: int | None = None,
+        accuracy: str | None = None,
         coverage: float | None = None,
         tol: float | None = None,
         min_ns_steps: int | None = None,
@@ -185,6 +189,7 @@ class MuonDist(torch.optim.Optimizer):
             "eps": eps,
             "extra_scale_factor": extra_scale_factor,
             "deflation": deflation,
+            "accuracy": accuracy,
             "coverage": coverage,
             "tol": tol,
             "min_ns_steps": min_ns_steps,
@@ -246,7 +251,7 @@ class MuonDist(torch.optim.Optimizer):
         if group["algorithm"] == "muon" and policy_of(group) is not None and "spectrum" not in self.state[p]:
             shape = self._layouts[route.name].global_shape if route.name in self._layouts else tuple(p.shape)
             assert route.view is not None  # a route to Muon has a view
-            self.state[p]["spectrum"] = blank_rows(len(matrices_of(shape, route.view, route.name)))
+            self.state[p]["spectrum"] = blank_state(len(matrices_of(shape, route.view, route.name)))
 
     def _declare_all(self) -> None:
         for group in self.param_groups:
@@ -364,8 +369,8 @@ class MuonDist(torch.optim.Optimizer):
                 if not entry.keys() >= _STATE_KEYS[b.group["algorithm"]]:
                     self._declare_state(b.route, b.parameter, b.group)
                     self._allocate_state(domain, b)
-                if b.rows is not None and entry.get("spectrum") is not b.rows:
-                    attach_rows(b, entry)
+                if not domain.adaptation.taken_over(b, entry):
+                    domain.adaptation.take_over(b, entry)
 
     def _what_is_bound(self) -> tuple[Any, ...]:
         """What binding depends on: parameters, how their groups are orthogonalised, the ranks, and how torch rounds fp32 products."""
@@ -486,7 +491,6 @@ class MuonDist(torch.optim.Optimizer):
         """Let measured spectra take effect, and choose owners anew where step counts have moved the balance."""
         for k, domain in enumerate(self._domains):
             if domain.adaptation.is_time_for_new_owners() and (better := rebalanced(domain, self._options)) is not None:
-                domain.adaptation.collect()  # into the rows, which the new owners' controllers share
                 better.left_out, better.iteration = domain.left_out, domain.iteration
                 better.replicate_momentum = domain.replicate_momentum
                 self._domains[k] = domain = better
@@ -499,7 +503,7 @@ class MuonDist(torch.optim.Optimizer):
                 domain.regroup(domain.adaptation.changed)
             if decided and self._telemetry is not None:
                 params = sum(math.prod(b.placement.shape) for d in self._domains for b in d.parameters)
-                self._telemetry.write(domain.adaptation, decided, self._model_numel or params)
+                self._telemetry.write(domain, decided, self._model_numel or params)
 
     def _collect_measurements(self) -> None:
         """Bring measurements that are under way into the state."""

@@ -149,7 +149,7 @@ def _orthogonalize_alike(domain: Domain, indices: Sequence[int], batch: Tensor, 
     first, adaptation = domain.parameters[domain.plan.matrices[indices[0]].parameter], domain.adaptation
     schedule = adaptation.schedule_now(indices[0])
     measured = [k for k, i in enumerate(indices) if i in adaptation.measuring]
-    moments = batch.new_empty(len(indices), moment_count(len(schedule)), dtype=torch.float64) if measured else None
+    moments = batch.new_empty(len(indices), moment_count(len(schedule), schedule.deflation), dtype=torch.float64) if measured else None
     compute = first.compute_dtype_for(schedule)
     slices = None
     if slicing is not None:

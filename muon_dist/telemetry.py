@@ -7,21 +7,23 @@ Every rank of a domain knows what was measured, so its first rank writes and not
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adaptation import Adaptation
-from .polar.cost import flops
 from .run.lines import append_lines, read_lines
+from .spectrum.moments import QUANTILES
+from .spectrum.policy import FIVE
 from .spectrum.scaling_law import layer_kind
 from .version import __version__
 
 if TYPE_CHECKING:
     from .binding import Domain
 
+SENT = ("ns_steps", "deflation", "error", "error_of_five_steps", "coverage", "flops")  # to sinks, besides quantiles
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}  # sink -> the package it needs
 
 
@@ -64,18 +66,17 @@ class Telemetry:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "send": None}
 
-    def write(self, adaptation: Adaptation, decided: Iterable[int], params: int) -> None:
+    def write(self, domain: Domain, decided: Iterable[int], params: int) -> None:
         """Report the matrices that were decided anew; only the domain's first rank does something.
 
         Args:
             params: elements of all parameters of this optimizer, for scaling laws.
         """
-        domain = adaptation.domain
         if domain.me != 0:
             return
         if self._failed:
             return
-        lines = [{**line, "params": params} for line in _lines(adaptation, set(decided))]
+        lines = [{**line, "params": params} for line in _lines(domain, set(decided))]
         try:
             if self.directory is not None:
                 self._append(self.directory, domain, lines, params)
@@ -95,7 +96,7 @@ class Telemetry:
         append_lines(directory / ("spectrum.jsonl" if domain.ranks[0] == 0 else f"spectrum.rank{domain.ranks[0]}.jsonl"), [*about, *lines])
 
     def _send(self, line: dict[str, Any]) -> None:
-        values = {key: v for key, v in line.items() if key.startswith("sigma") or key in ("ns_steps", "coverage", "flops")}
+        values = {key: v for key, v in line.items() if key.startswith("sigma") or key in SENT}
         values = {f"muon_dist/{line['name']}/{key}": v for key, v in values.items() if v is not None}
         if self.send is not None:
             self.send(line["step"], values)
@@ -142,27 +143,47 @@ class Sinks:
             (wandb.run or wandb.init(dir=self._directory)).log({**values, step_name: step})
 
 
-def _lines(adaptation: Adaptation, decided: set[int]) -> Iterator[dict[str, Any]]:
-    domain = adaptation.domain
+def _lines(domain: Domain, decided: set[int]) -> Iterator[dict[str, Any]]:
     i = -1
     for b in domain.parameters:
         for part, matrix in enumerate(b.matrices):
             i += 1
-            if i not in decided or not b.controllers:
+            if i not in decided:
                 continue
-            controller = b.controllers[part]
+            decision, work = domain.adaptation.decision_of(i), domain.adaptation.work_of(i)
+            schedule = domain.adaptation.schedules[i]
+            numbers = {
+                "error": decision.error,
+                "error_of_five_steps": decision.error_of_five,
+                "coverage": decision.coverage,
+                "below_floor": decision.below,
+                **{f"sigma_{q:g}": sigma for q, sigma in zip(QUANTILES, decision.quantiles, strict=True)},
+            }
             yield {
                 "type": "matrix",
-                "step": int(controller.row[0]),
+                "step": domain.adaptation.taken(i),
                 "name": domain.plan.matrices[i].name,
                 "kind": layer_kind(b.name, part, len(b.matrices)),
                 "depth": b.depth,
                 "shape": [matrix.rows, matrix.cols],
-                "rank": min(matrix.shape),
-                **controller.report(),
-                "flops": flops(*matrix.shape, controller.steps, deflation=controller.policy.deflation),
-                "flops_of_five_steps": flops(*matrix.shape, 5),
+                "rank": work.rank,
+                "ns_steps": len(schedule),
+                "deflation": schedule.deflation,
+                "measurements": decision.measurements,
+                **{key: None if math.isnan(value) else value for key, value in numbers.items()},
+                "flops": work.flops(schedule),
+                "flops_of_five_steps": work.flops(FIVE),
             }
+
+
+def known_at(records: Sequence[dict[str, Any]], steps: Sequence[float]) -> list[list[dict[str, Any]]]:
+    """For every step the last measurement of each matrix by then, so that curves are of the same matrices all along."""
+    found, known, rest = [], {}, sorted(records, key=lambda r: r["step"])
+    for step in steps:
+        while rest and rest[0]["step"] <= step:
+            known[rest[0]["name"]] = rest.pop(0)
+        found.append(list(known.values()))
+    return found
 
 
 def read_run(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:

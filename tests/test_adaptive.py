@@ -1,4 +1,4 @@
-"""Adaptive step counts on real ranks: the same decisions and updates under every placement, in checkpoints, and what they cost."""
+"""Adaptive schedules on real ranks: the same decisions and updates under every placement, in checkpoints, and what they cost."""
 
 import copy
 import json
@@ -14,14 +14,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from muon_dist import MuonDist, ShardLayout, choose_schedule, orthogonalize
+from muon_dist.adaptation import LAG, SHARED
 from muon_dist.measure import measure_spectra
+from muon_dist.polar.newton_schulz import moment_count
+from muon_dist.polar.products import products_on
 from muon_dist.polar.scaling import update_scale
-from muon_dist.spectrum.controller import LAG, MEASUREMENTS
+from muon_dist.spectrum.policy import FIVE, Work
+from muon_dist.spectrum.record import MEASUREMENTS, WIDTH_OF_DECISION
 from muon_dist.telemetry import read_run
 
 from . import models
 from .ranks import run_ranks
 from .recording import Collectives
+from .test_policy import error_of
 from .test_spectrum import falling, planted
 
 MILD, STEEP = falling(48, 0.6), falling(48, 2.6)
@@ -46,7 +51,7 @@ def run_planted(placement: str, steps: int, swap_at: int, options: dict) -> dict
     parameters = [place_parameter(torch.randn(s, dtype=torch.float64), placement) for s in shapes]
     named = [(f"blocks.{k}.attn.q.weight", p) for k, p in enumerate(parameters)]
     optimizer = MuonDist(named, lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False, **{"ns_steps": "adaptive", **options})
-    used, before, errors = [], None, []
+    used, before, errors, seen = [], None, [], set()
     for step in range(steps):
         gradients = planted_gradients(shapes, swapped=step >= swap_at)
         for p, g in zip(parameters, gradients, strict=True):
@@ -54,9 +59,10 @@ def run_planted(placement: str, steps: int, swap_at: int, options: dict) -> dict
         before = [models.whole(p) for p in parameters]
         optimizer.step()
         schedules = list(optimizer.schedules.values())
-        used.append([len(s) for _, s in schedules])
+        seen.update(s for _, s in schedules)
+        used.append([(len(s), s.deflation) for _, s in schedules])
         for p, b, g, (_, schedule) in zip(parameters, before, gradients, schedules, strict=True):
-            if not optimizer._domains[0].adaptation.measuring:  # a probe takes more steps than the schedule
+            if not optimizer._domains[0].adaptation.measuring:  # what is measured takes a step more than its schedule
                 expected = -orthogonalize(g, schedule=schedule) * update_scale("match_rms_adamw", *g.shape)
                 errors.append(float(((models.whole(p) - b) - expected).norm() / expected.norm()))
     rows = torch.cat([optimizer.state[p]["spectrum"] for p in parameters])
@@ -64,7 +70,7 @@ def run_planted(placement: str, steps: int, swap_at: int, options: dict) -> dict
     for route in domain.exchange.routes:  # a batch for each shape and schedule that this rank owns, as they stand
         kinds = [{(domain.plan.matrices[i].shape, domain.adaptation.schedules[i]) for i in batch} for batch in route.batches]
         assert all(len(kind) == 1 for kind in kinds) and len(set(map(frozenset, kinds))) == len(kinds)
-    return {"used": used, "error": max(errors), "rows": rows, "owners": optimizer._domains[0].plan.owners}
+    return {"used": used, "error": max(errors), "rows": rows, "schedules": seen, "last": [s for _, s in optimizer.schedules.values()]}
 
 
 MORE = pytest.mark.more("repeat")
@@ -76,23 +82,44 @@ OPTIONS = {"burn_in": 3, "measure_every": 6}
     [("replicas", 1), ("replicas", 2), pytest.param("rows", 2, marks=MORE), ("rows", 4), pytest.param("columns", 3, marks=MORE)],
 )
 def test_layers_get_what_they_need_and_swap_when_their_spectra_swap(placement: str, world: int) -> None:
-    expected = [[max(2, len(choose_schedule(g))) for g in planted_gradients([(48, 64)] * 2, swapped)] for swapped in (False, True)]
+    options = {**OPTIONS, "coverage": 0.9, "deflation": 0}
+    expected = [
+        [(len(choose_schedule(g, coverage=0.9, deflation=0)), 0) for g in planted_gradients([(48, 64)] * 2, swapped)]
+        for swapped in (False, True)
+    ]
     assert expected[0][0] < expected[0][1] and expected[0] == expected[1][::-1]
-    ranks = run_ranks(world, run_planted, placement, 80, 30, OPTIONS)
-    alone = run_planted("replicas", 80, 30, OPTIONS)
+    ranks = run_ranks(world, run_planted, placement, 80, 30, options)
+    alone = run_planted("replicas", 80, 30, options)
     for rank in ranks:
         assert rank["error"] < 1e-10
         assert rank["used"] == alone["used"], "decisions depend on the world size"
         before, after = rank["used"][29], rank["used"][-1]
         assert before[:2] == expected[0] and after[:2] == expected[1]
-        assert rank["used"][3 + LAG - 1][0] == rank["used"][0][0]  # the prior until then
+        assert rank["used"][3 + LAG + SHARED - 1][0] == rank["used"][0][0]  # the prior until then
         assert torch.equal(rank["rows"].nan_to_num(), ranks[0]["rows"].nan_to_num())
 
 
 @pytest.mark.parametrize("polynomial", ["minimax", "jordan"])
 def test_deflation_and_the_jordan_family_adapt_too(polynomial: str) -> None:
-    result = run_planted("replicas", 30, 99, {**OPTIONS, "polynomial": polynomial, "deflation": 2, "tol": 0.35})
+    result = run_planted("replicas", 30, 99, {**OPTIONS, "polynomial": polynomial, "deflation": 2, "coverage": 0.9, "tol": 0.35})
     assert result["used"][-1][0] < result["used"][-1][1] and result["error"] < 1e-9
+    assert {deflation for _, deflation in result["used"][-1]} == {2}
+
+
+@pytest.mark.parametrize(("placement", "world"), [("replicas", 2), ("rows", 2), pytest.param("rows", 4, marks=MORE), ("columns", 3)])
+def test_by_default_no_matrix_is_left_further_from_its_polar_factor_than_by_five_jordan_steps(placement: str, world: int) -> None:
+    """Steps and deflated directions are chosen together, alike at every world size, and never dearer than five steps."""
+    alone = run_planted("replicas", 40, 20, {})
+    for rank in run_ranks(world, run_planted, placement, 40, 20, {}):
+        assert rank["error"] < 1e-10 and rank["used"] == alone["used"]
+        assert torch.equal(rank["rows"].nan_to_num(), alone["rows"].nan_to_num())
+    shapes = [(48, 64), (48, 64), (48, 48), (48, 50), (48, 64)]
+    for used in alone["used"]:
+        for (steps, deflation), shape in zip(used, shapes, strict=True):
+            work = Work(*shape, torch.float64, products_on("cpu"))
+            assert any(work.flops(s) <= work.flops(FIVE) for s in alone["schedules"] if (len(s), s.deflation) == (steps, deflation))
+    for g, schedule in zip(planted_gradients(shapes, swapped=True), alone["last"], strict=True):
+        assert error_of(g, schedule) <= 1.1 * error_of(g, FIVE)
 
 
 def run_cost(steps: int) -> dict:
@@ -122,16 +149,20 @@ def run_cost(steps: int) -> dict:
 
 
 def test_a_measured_step_adds_one_small_all_reduce_and_others_nothing() -> None:
-    for rank in run_ranks(2, run_cost, 30):
-        steps = rank["counts"][1:]
-        measured = [c for c in steps if c[2]]
-        assert 0.4 < len(measured) / len(steps) < 0.6  # 8 matrices every 16 steps, staggered: one at every other step
-        for names, sizes, measuring in steps:
-            assert len(measuring) <= 1
+    for rank in run_ranks(2, run_cost, 50):
+        steps = rank["counts"]
+        late = steps[20:]
+        measured = [c for c in late if c[2]]
+        assert 0.4 < len(measured) / len(late) < 0.6  # 8 matrices every 16 steps, staggered: one at every other step
+        assert len(steps[2][2]) == 8 and max(len(c[2]) for c in late) == 1
+        for k, (names, sizes, measuring) in enumerate(steps[1:], 1):
+            decided = len(steps[k - LAG][2]) if k >= LAG else 0  # that was measured LAG steps before
             assert names["alltoall_base_"] == 2
-            assert names["allreduce_"] == (2 if measuring else 1)
+            assert names["allreduce_"] == 1 + bool(measuring) + bool(decided)
             if measuring:
-                assert sizes[-1] == 8 * (3 + 4 * next(iter(measuring.values())))
+                assert sizes[-1] == 8 * len(measuring) * max(moment_count(len(s), s.deflation) for s in measuring.values())
+            if decided:
+                assert 8 * decided * WIDTH_OF_DECISION in sizes
 
 
 def resume(placement: str, cut: int, steps: int) -> dict:
@@ -160,7 +191,7 @@ def resume(placement: str, cut: int, steps: int) -> dict:
 
 
 @pytest.mark.parametrize(("placement", "world"), [("replicas", 1), ("replicas", 2), ("rows", 2)])
-@pytest.mark.parametrize("cut", [3, 4, 9, 12])  # with a measurement under way, and without
+@pytest.mark.parametrize("cut", [3, 4, 5, 9, 12])  # with a measurement under way, with a decision, and without
 def test_a_resumed_run_repeats_an_uninterrupted_one_bit_for_bit(placement: str, world: int, cut: int) -> None:
     for rank in run_ranks(world, resume, placement, cut, 16):
         (through, rows), (resumed, rows_again) = rank["through"], rank["resumed"]
@@ -207,20 +238,21 @@ def run_rebalanced() -> dict:
 
 
 def test_owners_are_chosen_anew_when_step_counts_have_moved_and_momentum_moves_along() -> None:
+    alone = run_rebalanced()
     first, second = run_ranks(2, run_rebalanced)
     assert first["owners"] == second["owners"]
     assert len(set(first["owners"])) == 2, "owners were never chosen anew"
     a, b = first["costly"]
     assert first["owners"][-1][a] != first["owners"][-1][b] and first["steps"][a] > min(first["steps"])
     assert max(first["moved"] + second["moved"]) < 1e-5
-    assert first["measurements"] == second["measurements"] == [9, 9, 8, 8], "measurements under way were lost"
+    assert first["measurements"] == second["measurements"] == alone["measurements"], "measurements under way were lost"
 
 
 def run_telemetry(folder: str) -> int:
     parameters = [nn.Parameter(torch.randn(24, 24)) for _ in range(3)]
     named = [(f"blocks.{k}.attn.o_proj.weight", p) for k, p in enumerate(parameters)]
     optimizer = MuonDist(named, ns_steps="adaptive", burn_in=0, measure_every=3, telemetry_dir=folder)
-    for step in range(8):
+    for step in range(14):
         for p in parameters:
             p.grad = torch.randn(24, 24, generator=torch.Generator().manual_seed(step))
         optimizer.step()
@@ -233,9 +265,11 @@ def test_telemetry_is_written_by_one_rank(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "run" / "spectrum.jsonl").read_text().splitlines()]
     assert lines[0]["type"] == "run" and lines[0]["params"] == 3 * 24 * 24
     measured = read_run(tmp_path / "run")
-    assert Counter(m["name"] for m in measured) == {f"blocks.{k}.attn.o_proj.weight": 2 for k in range(3)}
+    assert Counter(m["name"] for m in measured) == {f"blocks.{k}.attn.o_proj.weight": 3 for k in range(3)}
     assert {m["kind"] for m in measured} == {"o"} and {m["depth"] for m in measured} == {1 / 3, 2 / 3, 1.0}
-    assert all(2 <= m["ns_steps"] <= 12 and 0 < m["coverage"] <= 1 and m["flops"] == m["ns_steps"] * 6 * 24**3 for m in measured)
+    for m in measured:
+        assert 1 <= m["ns_steps"] <= 5 and 0 <= m["deflation"] <= 3 and 0 < m["coverage"] <= 1
+        assert 0 < m["error"] <= m["error_of_five_steps"] and m["flops"] <= m["flops_of_five_steps"] == 5 * 6 * 24**3
     with pytest.raises(ValueError, match="has no measurements"):
         read_run(tmp_path)
 
@@ -249,6 +283,10 @@ def test_telemetry_is_written_by_one_rank(tmp_path: Path) -> None:
         ({"polynomial": [(2, -1.5, 0.5)] * 5}, "generates its polynomials"),
         ({"polynomial": "polar_express"}, "generates its polynomials"),
         ({"ns_steps": 5, "coverage": 0.9}, "only work with"),
+        ({"ns_steps": 5, "accuracy": "jordan5"}, "only work with"),
+        ({"accuracy": "jordan5", "coverage": 0.9}, "two ways"),
+        ({"accuracy": "jordan9"}, "choose one of jordan3"),
+        ({"tol": 0.2}, "give coverage as well"),
         ({"ns_steps": 5, "telemetry_dir": "x"}, "adaptive"),
         ({"ns_steps": "many"}, "steps must be"),
         ({"telemetry_sinks": ["tensorboard"]}, "telemetry_dir"),

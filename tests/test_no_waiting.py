@@ -1,5 +1,6 @@
 """The host never waits for the device in a step: the whole of it runs on tensors that have shapes but no values."""
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from muon_dist import MuonDist
 from muon_dist.agreement import agree_on_gradients
 from muon_dist.polar.newton_schulz import moment_count
+from muon_dist.polar.polynomials import widest_schedule
 from muon_dist.polar.products import SymmetricProducts
 from muon_dist.step import Step
 
@@ -65,8 +67,9 @@ def test_a_step_on_a_device_neither_asks_for_values_nor_copies_from_the_host(opt
     domain.products = SymmetricProducts(DEVICE.type)
     if options["ns_steps"] == "adaptive":  # one of two matrices of a batch is measured, and takes more steps for it
         adaptation = domain.adaptation
-        adaptation.measuring, adaptation._places = {0: 6}, {0: 0}
-        adaptation._buffer = torch.zeros(1, moment_count(6), dtype=torch.float64, device=DEVICE)
+        measured = dataclasses.replace(widest_schedule(3), deflation=2)
+        adaptation.measuring, adaptation._line_of = {0: measured}, {0: 0}
+        adaptation._buffer = torch.zeros(1, moment_count(3, 2), dtype=torch.float64, device=DEVICE)
         assert adaptation.schedule_now(0) != adaptation.schedule_now(1)
     state = {}
     for b in domain.parameters:

@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from muon_dist import MuonDist
+from muon_dist.spectrum.policy import Policy
+from muon_dist.spectrum.record import Choice
 
 from . import models
 from .ranks import run_ranks
@@ -326,7 +328,7 @@ def rerouted(world: int) -> tuple[int, int, int]:
     binding.route_bucket = lambda plan, bucket, *rest: routed.append(bucket) or own(plan, bucket, *rest)
     try:
         before = list(domain.exchange.routes)
-        domain.adaptation.schedules[0] = domain.parameters[-1].controllers[0].policy.schedule(3)
+        domain.adaptation.schedules[0] = Policy().schedule(Choice(0, 3, 0.28))
         domain.regroup([0])
     finally:
         binding.route_bucket = own

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from muon_dist.sharding.owners import PLACEMENTS
+from muon_dist.spectrum.policy import ACCURACIES
 
 from .settings import GIVEN, NAME, PRECISIONS, TOLD_APART
 
@@ -72,14 +73,15 @@ def add_muon_dist_args(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         add(theirs.option_strings[0], default=theirs.default, choices=PRECISIONS, help=theirs.help)
     add("--muon-no-split-fc1", action="store_false", dest="muon_split_fc1", help="Gate and up of a gated MLP as one matrix.")
     add("--muon-lr", type=float, help="Peak learning rate of Muon's matrices; --lr is then that of all others. Both follow the schedule.")
-    add("--muon-coverage", type=float, help="Share of every matrix's directions that the adaptive steps bring near 1 (.9).")
-    add("--muon-tol", type=float, help="How near (.3).")
-    add("--muon-min-ns-steps", type=int, help="Fewest adaptive steps (2).")
+    add("--muon-accuracy", choices=ACCURACIES, help="Adaptive steps leave no matrix further from UVᵀ than so many Jordan steps (jordan5).")
+    add("--muon-coverage", type=float, help="Instead: share of every matrix's directions that adaptive steps bring near 1, at any price.")
+    add("--muon-tol", type=float, help="For --muon-coverage: how near (.3).")
+    add("--muon-min-ns-steps", type=int, help="Fewest adaptive steps (1).")
     add("--muon-max-ns-steps", type=int, help="Most adaptive steps (12).")
-    add("--muon-measure-every", type=int, help="Steps between two measurements of a matrix's spectrum (50).")
-    add("--muon-burn-in", type=int, help="Steps before the first measurement; until then scaling laws predict (50).")
+    add("--muon-measure-every", type=int, help="Steps between two measurements of a matrix's spectrum, denser at first (50).")
+    add("--muon-burn-in", type=int, help="Steps before the first measurement; until then scaling laws predict (0).")
     add("--muon-noise-floor", type=float, help="Singular values below this share of the Frobenius norm don't count (1e-4).")
-    add("--muon-deflation", type=int, default=0, help="Dominant directions that are taken out first (0).")
+    add("--muon-deflation", type=int, help="Dominant directions that are flattened first (0; for adaptive steps chosen with them).")
     add("--muon-wire-dtype", choices=["bf16", "fp32"], help="What travels between ranks: bf16 on GPUs, fp32 on CPUs.")
     add("--muon-bucket-mb", type=float, default=64, help="MiB that an owner gathers at a time (64).")
     add("--muon-placement", choices=PLACEMENTS, default="owner", help="Who works on a matrix: an owner, all ranks on slices, or by cost.")

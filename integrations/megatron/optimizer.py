@@ -28,6 +28,7 @@ from muon_dist.polar.products import product_settings
 from muon_dist.rendezvous import gather_objects
 from muon_dist.routing import Route
 from muon_dist.sharding.plan import Plan
+from muon_dist.spectrum.policy import ACCURACY
 from muon_dist.telemetry import Telemetry
 from muon_dist.version import __version__ as version
 
@@ -325,10 +326,14 @@ class MuonDistOptimizer(ChainedOptimizer):
             f"{count:6} {'Muon' if algorithm == 'muon' else 'AdamW':6} {reason}" for (algorithm, reason), count in sorted(kinds.items())
         ]
         if given["ns_steps"] == "adaptive":
-            bounds = [f"{key} {given[key]}" for key in ("coverage", "tol", "min_ns_steps", "max_ns_steps") if given[key] is not None]
-            steps = f"adaptive ({', '.join(bounds) or 'defaults'})"
+            bounds = [
+                f"{key} {given[key]}" for key in ("accuracy", "coverage", "tol", "min_ns_steps", "max_ns_steps") if given[key] is not None
+            ]
+            steps = f"adaptive ({', '.join(bounds) or f'accuracy {ACCURACY}'})"
         else:
             steps = f"{config.muon_num_ns_steps}, {config.muon_coefficient_type or 'quintic'}"
+        chosen = "chosen with the steps" if given["ns_steps"] == "adaptive" else 0
+        deflation = chosen if config.muon_deflation is None else config.muon_deflation
         rates = f"momentum {given['momentum']}{', Nesterov' if given['nesterov'] else ''}; scale {config.muon_scale_mode} × "
         return "\n".join(
             [
@@ -336,7 +341,7 @@ class MuonDistOptimizer(ChainedOptimizer):
                 "This is what trains; --optimizer adam, --muon-tp-mode and --muon-coefficient-type above are what Megatron sees:",
                 *lines,
                 f"  Newton–Schulz steps: {steps}; the whole matrix's update at any tensor-parallel size; placement {config.muon_placement}",
-                f"  {rates}{config.muon_extra_scale_factor}; deflation {config.muon_deflation}",
+                f"  {rates}{config.muon_extra_scale_factor}; deflation {deflation}",
                 "--------------------------------------------------------------------",
             ]
         )

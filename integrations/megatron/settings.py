@@ -38,6 +38,7 @@ class MuonDistConfig(OptimizerConfig):
     muon_tp_mode: str | None = None  # type: ignore[assignment]  # only Megatron's own Muon has modes
     muon_split_fc1: bool = True  # gate and up of a gated MLP are matrices of their own
     muon_lr: float | None = None  # learning rate of Muon's matrices while that of all others is lr; both follow the schedule
+    muon_accuracy: str | None = None
     muon_coverage: float | None = None
     muon_tol: float | None = None
     muon_min_ns_steps: int | None = None
@@ -45,7 +46,7 @@ class MuonDistConfig(OptimizerConfig):
     muon_measure_every: int | None = None
     muon_burn_in: int | None = None
     muon_noise_floor: float | None = None
-    muon_deflation: int = 0
+    muon_deflation: int | None = None
     muon_wire_dtype: str | None = None
     muon_bucket_mb: float = 64
     muon_placement: str = "owner"  # or "gram", "auto"
@@ -185,6 +186,7 @@ def arguments(config: Any) -> dict[str, Any]:
         "wire_dtype": config.muon_wire_dtype,
         "adam_betas": (config.adam_beta1, config.adam_beta2),
         "adam_eps": config.adam_eps,
+        "accuracy": config.muon_accuracy,
         "coverage": config.muon_coverage,
         "tol": config.muon_tol,
         "min_ns_steps": config.muon_min_ns_steps,

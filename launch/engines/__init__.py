@@ -144,6 +144,7 @@ def muon_settings(options: Options) -> dict[str, Any]:
         return {"ns_steps": options.ns_steps, "deflation": options.deflation}
     return {
         "ns_steps": "adaptive",
+        "accuracy": options.accuracy,
         "coverage": options.coverage,
         "burn_in": options.burn_in,
         "measure_every": options.measure_every,

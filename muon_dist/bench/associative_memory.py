@@ -19,7 +19,7 @@ from ..cli.picture import pyplot
 from ..cli.table import table, write_json
 from ..polar.newton_schulz import orthogonalize
 from ..polar.polynomials import Schedule, schedule_for, widest_schedule
-from ..spectrum.controller import choose_schedule
+from ..spectrum.policy import choose_schedule
 
 ITEMS, GROUPS, NOISE = 256, 32, 0.1
 EXACT = Schedule((*widest_schedule(14).steps, *[(1.875, -1.25, 0.375)] * 4), "schatten8")

@@ -13,7 +13,9 @@ from torch import nn
 from ..cli.table import table, write_json
 from ..optimizer import MuonDist
 from ..polar.newton_schulz import default_compute_dtype, moment_count, orthogonalize_batch
-from ..spectrum.controller import PROBE_EVERY, Policy
+from ..polar.polynomials import Schedule
+from ..spectrum.policy import Policy
+from ..spectrum.record import WIDTH_OF_DECISION
 from .timing import device_name, device_of, seconds
 
 
@@ -30,14 +32,13 @@ def run(*, width: int, layers: int, cycles: int, threads: int, device: str, json
         for kind, shape in shapes.items()
     ]
     policy = Policy()
-    optimizer = MuonDist(named, lr=1e-3, ns_steps="adaptive")
+    optimizer = MuonDist(named, lr=1e-3)
     decay = torch.logspace(0, -2.5, width, device=on)
     for _, p in named:  # a spectrum of two and a half decades, fixed: what is timed doesn't depend on it
         p.grad = torch.randn(p.shape, device=on) * (decay if p.shape[1] == width else decay[:, None])
     inside, total = 0.0, 0.0
-    adaptation_calls = ("begin_step", "end_step", "record")
     optimizer.step()
-    adaptation = optimizer._domains[0].adaptation
+    (domain,) = optimizer._domains
 
     def timed(function: Any) -> Any:
         def call(*args: Any) -> Any:
@@ -49,21 +50,28 @@ def run(*, width: int, layers: int, cycles: int, threads: int, device: str, json
 
         return call
 
-    for name in adaptation_calls:
-        setattr(adaptation, name, timed(getattr(adaptation, name)))
-    for _ in range(policy.burn_in + policy.measure_every):  # all measured once
-        optimizer.step()
-    inside, steps = 0.0, cycles * policy.measure_every
+    for name in ("begin_step", "end_step", "record"):
+        setattr(domain.adaptation, name, timed(getattr(domain.adaptation, name)))
+    first = []
+    for _ in range(policy.measure_every - 1):  # while measurements are dense
+        first.append(seconds(optimizer.step, on))
+    dense, inside = inside / sum(first), 0.0
+    steps = cycles * policy.measure_every
+    more = 0.0
     for _ in range(steps):
         total += seconds(optimizer.step, on)
-    extra = moments_extra(width, policy, on)
-    probes = statistics.mean(max(policy.probe - len(s), 0) / len(s) for _, s in optimizer.schedules.values())
+        flops = [(domain.adaptation.work_of(i), domain.adaptation.schedules[i], s) for i, s in domain.adaptation.measuring.items()]
+        more += sum(work.flops(measured) - work.flops(usual) for work, usual, measured in flops)
+    usual = sum(domain.adaptation.work_of(i).flops(s) for i, s in enumerate(domain.adaptation.schedules))
+    extra = moments_extra(width, optimizer.schedules[named[0][0]][1], on)
     shares = {
         "deciding, sharing, bookkeeping on the host": inside / total,
         f"moments, {extra:.1%} of a measured matrix's iteration, every {policy.measure_every} steps": extra / policy.measure_every,
-        f"probes of the noise floor, every {PROBE_EVERY * policy.measure_every} steps": probes / PROBE_EVERY / policy.measure_every,
+        "the step more that measured matrices take": more / (steps * usual),
     }
-    matrices, bytes_measured = len(named), 8 * moment_count(round(statistics.mean(len(s) for _, s in optimizer.schedules.values())))
+    matrices = len(named)
+    numbers = [moment_count(len(s), s.deflation) for _, s in optimizer.schedules.values()]
+    bytes_measured = 8 * round(statistics.mean(numbers) + 4 + WIDTH_OF_DECISION)
     print(f"{matrices} matrices of width {width}; {steps} steps of {total / steps * 1e3:.1f} ms")
     print(f"torch {torch.__version__}, {device_name(on)}\n")
     print(
@@ -73,21 +81,31 @@ def run(*, width: int, layers: int, cycles: int, threads: int, device: str, json
             right=(1,),
         )
     )
+    print(f"\nthe host's part in the first {policy.measure_every} steps, where measurements are denser: {dense:.2%}")
     per_step = bytes_measured * matrices / policy.measure_every
-    print(f"\non the wire, with several ranks: {bytes_measured} bytes per measurement, {per_step:.0f} bytes per step on average")
-    write_json(json_path, {"width": width, "layers": layers, "steps": steps, "milliseconds": total / steps * 1e3, "shares": shares})
+    print(f"on the wire, with several ranks: {bytes_measured} bytes per measurement, {per_step:.0f} bytes per step on average")
+    found = {
+        "width": width,
+        "layers": layers,
+        "steps": steps,
+        "milliseconds": total / steps * 1e3,
+        "shares": shares,
+        "host_at_first": dense,
+    }
+    write_json(json_path, found)
     return 0
 
 
-def moments_extra(width: int, policy: Policy, device: torch.device) -> float:
-    """What moments add to the orthogonalisation of a width × 4·width matrix in four steps: the median of pairs."""
-    schedule, ratios = policy.schedule(4), []
+def moments_extra(width: int, schedule: Schedule, device: torch.device) -> float:
+    """What moments add to the orthogonalisation of a width × 4·width matrix: the median of pairs."""
+    ratios = []
     compute = default_compute_dtype(device, torch.float32, schedule)
+    count = moment_count(len(schedule), schedule.deflation)
     for _ in range(31):
         pair = []
         for measured in (False, True):
             batch = torch.randn(1, width, 4 * width, device=device).to(compute)
-            moments = torch.zeros(1, moment_count(4), dtype=torch.float64, device=device) if measured else None
+            moments = torch.zeros(1, count, dtype=torch.float64, device=device) if measured else None
             pair.append(seconds(partial(orthogonalize_batch, batch, schedule, compute_dtype=compute, moments=moments), device))
         ratios.append(pair[1] / pair[0] - 1)
     return max(0.0, statistics.median(ratios))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..cli.table import table, write_json
-from ..polar.deflation import inverse_root
+from ..polar.flattening import flatten_dominant
 from ..polar.newton_schulz import default_compute_dtype, orthogonalize_batch
 from ..polar.polynomials import schedule_for
 from .timing import device_name, device_of, spread, times_in_turns
@@ -104,24 +104,17 @@ def _solve(gram: Tensor, right: Tensor) -> Tensor:
 
 
 def _skinny(size: int, count: int, device: torch.device) -> list[Probe]:
-    """What deflation of `count` directions of a square matrix does: products with the matrix, QR, and a small inverse root."""
+    """Deflation of `count` directions of a square matrix, and what another way to it would stand on."""
     x = _random(1, size, size, device=device, dtype=torch.bfloat16)
-    y = _random(1, size, min(count, size), device=device, dtype=torch.bfloat16)
-    precise = y.float()
+    precise = x.float().div_(torch.linalg.matrix_norm(x.float(), keepdim=True))
+    y = precise[..., : min(count, size)].contiguous()
     jobs: dict[str, Callable[[], Any]] = {
-        f"XY, {count} directions": lambda: x @ y,
-        f"XᵀXY, {count} directions": lambda: x.mT @ (x @ y),
-        f"QR of Y, {count} directions": lambda: torch.linalg.qr(precise),
-        f"(YᵀY)^(−½) by Newton–Schulz in fp64, {count} directions": lambda: inverse_root(y.mT),
-        f"(YᵀY)^(−½) by eigenvalues, {count} directions": lambda: _root_by_eigenvalues(precise),
+        f"deflation of {count} directions, in fp32": lambda: flatten_dominant(precise.clone(), min(count, size), tall=False),
+        f"XᵀXY, {count} directions, in fp32": lambda: precise.mT @ (precise @ y),
+        f"QR of Y, {count} directions": lambda: torch.linalg.qr(y),
+        f"eigenvectors of YᵀY, {count} directions": lambda: torch.linalg.eigh(y.mT @ y),
     }
     return [Probe(size=size, what=name, job=job, unit=lambda: x @ x, unit_name="a bf16 product") for name, job in jobs.items()]
-
-
-def _root_by_eigenvalues(y: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(y.mT @ y)
-    root: Tensor = (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT
-    return root
 
 
 def _graphs(device: torch.device) -> list[Probe]:

@@ -24,13 +24,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.multiprocessing.spawn import spawn
 
+from ..adaptation import LAG, SHARED
 from ..cli.models import model_parameters
 from ..cli.table import table, write_json
 from ..groups import PlanOptions
 from ..optimizer import MuonDist
 from ..polar.matrix_view import matrices_of
 from ..run.bootstrap import end_process_group
-from ..spectrum.controller import LAG
 from ..spectrum.scaling_law import ScalingLaws, layer_kind, relative_depths, shipped_laws
 from .peers import DionMuon, NaiveShardedMuon, TorchMuon
 from .timing import device_name, device_of, host_seconds, spread, times_in_turns
@@ -40,7 +40,6 @@ from .trace import parts, summary, traced
 GPT2_SMALL_LAYER = {**dict.fromkeys(("attn.q", "attn.k", "attn.v", "attn.o"), (768, 768)), "mlp.up": (3072, 768), "mlp.down": (768, 3072)}
 FIVE, ADAPTIVE, ADAMW = "five steps", "adaptive", "AdamW (fused)"
 CPU = torch.device("cpu")
-MEASURE_EVERY = 50  # as by default, while steps are timed
 
 Shapes = list[tuple[str, tuple[int, int]]]  # a name, which tells the kind of layer and its depth, and rows × cols
 
@@ -231,7 +230,7 @@ def _measure(
         more = {**asdict(options), "compute_dtype": dtype, "wire_dtype": dtype, **more}
         return MuonDist([{"params": parameters(), "algorithm": "muon"}], lr=1e-3, **more)
 
-    five, adaptive = ours(ns_steps=5), ours(ns_steps="adaptive", burn_in=2, measure_every=6)
+    five, adaptive = ours(ns_steps=5), ours(ns_steps="adaptive")
     tensors = [p for _, p in parameters()]
     half = dtype == "bf16"
     peer: TorchMuon | NaiveShardedMuon | DionMuon
@@ -239,10 +238,8 @@ def _measure(
         peer = DionMuon(tensors, mesh, half=half)
     else:
         peer = (TorchMuon if peer_name == "torch" else NaiveShardedMuon)(tensors, half=half)
-    for _ in range(2 + 6 + LAG + 1):
+    for _ in range(LAG + SHARED + 1):  # until the first measurement has taken effect
         adaptive.step()
-    for group in adaptive.param_groups:
-        group["measure_every"] = MEASURE_EVERY
     sides: dict[str, Callable[[], Any]] = {FIVE: five.step, ADAPTIVE: adaptive.step, "peer": peer.step}
     if world == 1:
         sides[ADAMW] = torch.optim.AdamW([p for _, p in parameters()], lr=1e-3, fused=True).step

@@ -12,6 +12,7 @@ from ..polar.polynomials import NAMES as POLYNOMIALS
 from ..polar.scaling import NAMES
 from ..run.bootstrap import LAUNCHERS
 from ..sharding.owners import PLACEMENTS
+from ..spectrum.policy import ACCURACIES, Policy
 from ..version import __version__
 
 
@@ -42,7 +43,8 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", metavar="FILE", help="also write every matrix's owner and every rank's load")
 
     plan.add_argument("--laws", action="store_true", help="steps per layer as the scaling laws predict them, instead of --ns-steps for all")
-    plan.add_argument("--coverage", type=float, default=0.9, help="for --laws: share of directions to bring near 1 (default .9)")
+    plan.add_argument("--accuracy", choices=ACCURACIES, help="for --laws: no further from UVᵀ than so many Jordan steps (jordan5)")
+    plan.add_argument("--coverage", type=float, help="for --laws, instead: share of directions to bring near 1")
 
     spectrum = commands.add_parser("spectrum", help="what a run with telemetry_dir measured: a table per matrix, and a picture")
     spectrum.add_argument("run", help="the run's telemetry directory")
@@ -94,25 +96,29 @@ def parser() -> argparse.ArgumentParser:
     ns.add_argument("--compiled", action="store_true", help="also beside torch.optim.Muon's iteration through torch.compile")
     ns.add_argument("--symmetric-kernels", action="store_true", help="also measure from how many rows on the Triton kernel is faster")
 
-    adaptive = benches.add_parser("adaptive", help="FLOPs and coverage of adaptive step counts on real momentum, part by part")
-    accuracy = benches.add_parser("spectrum", help="estimated quantiles over exact ones")
-    for command in (adaptive, accuracy):
+    adaptive = benches.add_parser("adaptive", help="FLOPs and error of adaptive schedules on real momentum, part by part")
+    estimates = benches.add_parser("spectrum", help="estimated quantiles over exact ones")
+    for command in (adaptive, estimates):
         command.add_argument("--data", metavar="FILE", nargs="+", help="safetensors files of matrices (default: trains small GPTs)")
-    adaptive.add_argument("--coverage", type=float, nargs="+", default=[0.9, 0.75])
+    adaptive.add_argument("--accuracy", nargs="+", choices=ACCURACIES, default=["jordan5"])
+    adaptive.add_argument("--coverage", type=float, nargs="+", default=[0.9])
+    adaptive.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the products (default fp32)")
 
     training = benches.add_parser("training", help="loss of a small GPT with fixed, adaptive and exact orthogonalisation, and AdamW")
     training.add_argument("--steps", type=int, default=500)
     training.add_argument("--seconds", type=float, help="train each so long, instead of --steps")
-    training.add_argument("--seeds", type=int, default=3)
+    training.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     training.add_argument("--variants", nargs="+", metavar="NAME", help="only these rows of the table (default: all)")
-    training.add_argument("--width", type=int, default=128)
+    training.add_argument("--width", type=int, nargs="+", default=[128])
     training.add_argument("--layers", type=int, default=4)
     training.add_argument("--batch", type=int, default=16)
     training.add_argument("--context", type=int, default=128)
-    training.add_argument("--lr", type=float, default=4e-3)
-    training.add_argument("--adam-lr", type=float, default=1e-3, help="AdamW's (default .001)")
+    training.add_argument("--lr", type=float, nargs="+", default=[0.005, 0.008, 0.0125], help="of the matrices (default .005 .008 .0125)")
+    training.add_argument("--rest-lr", type=float, default=4e-3, help="of what AdamW trains beside Muon (default .004)")
+    training.add_argument("--equal-rms", action="store_true", help="also where updates are as large as those of five Jordan steps")
     training.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the model's products (default fp32)")
     training.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    training.add_argument("--results", metavar="FILE", help="keep runs there, as lines of JSON, and take those that are there")
     training.add_argument("--picture", metavar="FILE", help="loss over steps and over time; needs matplotlib")
 
     ladder = benches.add_parser("ladder", help="GPTs of several widths, their spectra written for muon-dist fit")
@@ -173,9 +179,9 @@ def parser() -> argparse.ArgumentParser:
     _add_plan_options(scale)
     scale.add_argument("--picture", metavar="FILE", help="plot of the steps; needs matplotlib")
 
-    for command in (ns, adaptive, accuracy, training, ladder, memory, overhead, probes):
+    for command in (ns, adaptive, estimates, training, ladder, memory, overhead, probes):
         command.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="torch threads")
-    for command in (step, dion, ns, adaptive, accuracy, training, memory, overhead, probes, deepspeed, megatron, scale):
+    for command in (step, dion, ns, adaptive, estimates, memory, overhead, probes, deepspeed, megatron, scale):
         command.add_argument("--json", metavar="FILE", help="also write every figure")
     return root
 
@@ -210,7 +216,7 @@ def _run(arguments: argparse.Namespace) -> int:
             options=_plan_options(arguments),
             tokens=arguments.tokens,
             laws=arguments.laws,
-            coverage=arguments.coverage,
+            policy=Policy(accuracy=arguments.accuracy, coverage=arguments.coverage),
             json_path=arguments.json,
         )
     if arguments.command == "spectrum":
@@ -233,7 +239,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    options = {key: value for key, value in vars(arguments).items() if key not in ("command", "bench", "json", "data", "coverage", "model")}
+    options = {key: value for key, value in vars(arguments).items() if key not in ("command", "bench", "json", "data", "model")}
     if "json" in arguments:
         options["json_path"] = arguments.json
     if "placement" in arguments:
@@ -249,11 +255,11 @@ def _bench(arguments: argparse.Namespace) -> int:
     if arguments.bench == "adaptive":
         from ..bench import adaptive
 
-        return adaptive.run(arguments.data, coverages=arguments.coverage, **options)
+        return adaptive.run(arguments.data, **options)
     if arguments.bench == "spectrum":
         from ..bench import adaptive
 
-        return adaptive.accuracy(arguments.data, **options)
+        return adaptive.estimates(arguments.data, **options)
     if arguments.bench == "training":
         from ..bench import training
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,15 +14,14 @@ import torch
 
 from ..binding import matrix_tasks
 from ..groups import PlanOptions
-from ..polar.cost import flops
+from ..polar.cost import flops_of
 from ..polar.matrix_view import matrices_of
 from ..polar.polynomials import Schedule, schedule_for
-from ..polar.products import SymmetricProducts
+from ..polar.products import SymmetricProducts, products_on
 from ..sharding.layout import Fragment, Placement, ShardLayout, fragment_numel
 from ..sharding.plan import Plan, make_plan
 from ..sharding.tasks import SLICED, MatrixTask
-from ..spectrum.controller import Policy
-from ..spectrum.moments import Spectrum
+from ..spectrum.policy import ACCURACY, FIVE, Policy, Work
 from ..spectrum.scaling_law import layer_kind, relative_depths, shipped_laws
 from .models import ModelParameter, active_share, model_parameters
 from .table import si, table, write_json
@@ -143,32 +143,38 @@ def plan_model(
     return plan, ours.tolist(), adamw.tolist()
 
 
-def predict(parameters: list[ModelParameter], coverage: float) -> tuple[dict[str, list[Schedule]], list[dict[str, Any]]]:
+def predict(parameters: list[ModelParameter], policy: Policy) -> tuple[dict[str, list[Schedule]], list[dict[str, Any]]]:
     """Schedules by the shipped scaling laws, for every parameter's matrices; and, per kind and quarter of the depth, what they say:
-    steps, σ at .5 with its deviation, and what five Jordan steps would cover at tol .35.
+    steps, deflated directions, σ at .5 with its deviation, and the errors that the schedule and five Jordan steps leave. bf16 on a GPU.
     """
-    policy, laws, five = Policy(coverage=coverage), shipped_laws(), schedule_for("jordan", 5)
+    laws, products = shipped_laws(), products_on("cuda")
     muon = [p for p in parameters if p.route.view is not None]
     schedules: dict[str, list[Schedule]] = {}
     rows: dict[tuple[str, float, int], dict[str, Any]] = {}
-    known: dict[tuple[str | None, float, int], tuple[Spectrum, int, float]] = {}
     for p, depth in zip(muon, relative_depths([p.name for p in muon]), strict=True):
         assert p.route.view is not None
         matrices = matrices_of(p.shape, p.route.view, p.name)
         for part, matrix in enumerate(matrices):
-            kind, rank = layer_kind(p.name, part, len(matrices)), min(matrix.shape)
-            if (kind, depth, rank) not in known:
-                spectrum = laws.spectrum(kind, depth, rank)
-                known[(kind, depth, rank)] = (spectrum, policy.fewest_steps(spectrum)[0], spectrum.coverage(five, tol=0.35)[0])
-            _, steps, covered = known[(kind, depth, rank)]
-            schedules.setdefault(p.name, []).append(policy.schedule(steps))
-            place = (kind or "other", 1.0 if depth == 1 else min(math.ceil(depth * 4) / 4, 0.99), rank)
-            row = rows.setdefault(place, {"matrices": 0, "least": steps, "most": steps, "five": covered})
+            kind, work = layer_kind(p.name, part, len(matrices)), Work(matrix.rows, matrix.cols, torch.bfloat16, products)
+            schedule, error, five = _predicted(policy, kind, depth, work)
+            schedules.setdefault(p.name, []).append(schedule)
+            place = (kind or "other", 1.0 if depth == 1 else min(math.ceil(depth * 4) / 4, 0.99), work.rank)
+            row = rows.setdefault(place, {"matrices": 0, "steps": set(), "deflation": set(), "error": error, "five": five})
             row["matrices"] += 1
-            row["least"], row["most"], row["five"] = min(row["least"], steps), max(row["most"], steps), min(row["five"], covered)
-            row["sigma"], row["deviation"] = laws.quantiles(kind, depth, rank)[0.5]
+            row["steps"].add(len(schedule))
+            row["deflation"].add(schedule.deflation)
+            row["error"], row["five"] = max(row["error"], error), max(row["five"], five)
+            row["sigma"], row["deviation"] = laws.quantiles(kind, depth, work.rank)[0.5]
     listed = [{"kind": kind, "depth": depth, "rank": rank, **row} for (kind, depth, rank), row in sorted(rows.items())]
-    return schedules, listed
+    return schedules, [{**row, "steps": sorted(row["steps"]), "deflation": sorted(row["deflation"])} for row in listed]
+
+
+@functools.cache
+def _predicted(policy: Policy, kind: str | None, depth: float, work: Work) -> tuple[Schedule, float, float]:
+    """A schedule for the spectrum that the laws predict, its error, and that of five Jordan steps."""
+    spectrum = shipped_laws().spectrum(kind, depth, work.rank)
+    schedule = policy.schedule(policy.best([spectrum], work))
+    return schedule, spectrum.error(schedule, floor=policy.floor), spectrum.error(FIVE, floor=policy.floor)
 
 
 def run(
@@ -181,13 +187,13 @@ def run(
     options: PlanOptions,
     tokens: int,
     laws: bool,
-    coverage: float,
+    policy: Policy,
     json_path: str | None,
 ) -> int:
     if tokens < 1:
         raise ValueError(f"--tokens must be at least 1, got {tokens}")
     parameters = model_parameters(config)
-    schedules, predicted = predict(parameters, coverage) if laws else (None, [])
+    schedules, predicted = predict(parameters, policy) if laws else (None, [])
     plan, state, adamw = plan_model(parameters, dp=dp, tp=tp, zero=zero, ns_steps=ns_steps, options=options, schedules=schedules)
     loads = plan.loads()
     total = sum(load.flops for load in loads)
@@ -229,7 +235,7 @@ def run(
     print(f"{config}: {si(numel)} parameters on {plan.n_ranks} ranks (dp {dp} × tp {tp}, ZeRO {zero}), {steps} Newton–Schulz steps")
     report(plan, state, adamw, bucket_mb=options.bucket_mb, model_flops=model_flops, tokens=tokens)
     if laws:
-        report_laws(plan, predicted, coverage)
+        report_laws(plan, predicted, policy)
     write_json(json_path, content)
     return 0
 
@@ -279,20 +285,34 @@ def forms(plan: Plan) -> list[dict[str, Any]]:
     ]
 
 
-def report_laws(plan: Plan, predicted: list[dict[str, Any]], coverage: float) -> None:
-    """Steps per kind and depth, their cost against five fixed steps, and where five steps would fall short."""
+def report_laws(plan: Plan, predicted: list[dict[str, Any]], policy: Policy) -> None:
+    """Steps and deflation per kind and depth, the errors they leave, and their cost against five Jordan steps."""
     rows = []
     for r in predicted:
-        steps = str(r["least"]) if r["least"] == r["most"] else f"{r['least']}–{r['most']}"
         depth = "last block" if r["depth"] == 1 else f"up to {r['depth']:.2f}"
-        short = "falls short" if r["five"] < coverage - 0.1 else ""
         sigma = f"{r['sigma']:.1e} ×/÷ {math.exp(r['deviation']):.2f}"
-        rows.append((r["kind"], depth, r["rank"], r["matrices"], sigma, steps, f"{r['five']:.2f}", short))
-    header = ("kind", "depth", "rank", "matrices", "σ at .5 / ‖M‖_F", "steps", "five Jordan steps cover", "")
-    print(
-        f"\nSteps for coverage {coverage:g} as the shipped scaling laws predict them (σ and cover: of the last block in each row's range)"
-    )
-    print(table(header, rows, right=(2, 3, 5, 6)))
-    five = sum(flops(*t.shape, 5) for t in plan.matrices)
-    print(f"Newton–Schulz: {sum(t.flops for t in plan.matrices) / five:.2f}× the FLOPs of five fixed steps, before anything is measured.")
+        rows.append(
+            (
+                r["kind"],
+                depth,
+                r["rank"],
+                r["matrices"],
+                sigma,
+                _span(r["steps"]),
+                _span(r["deflation"]),
+                f"{r['error']:.2f}",
+                f"{r['five']:.2f}",
+            )
+        )
+    header = ("kind", "depth", "rank", "matrices", "σ at .5 / ‖M‖_F", "steps", "deflated", "error", "of five Jordan steps")
+    wanted = f"coverage {policy.coverage:g}" if policy.coverage is not None else f"accuracy {policy.accuracy or ACCURACY}"
+    print(f"\nSchedules for {wanted} by the shipped scaling laws (σ: of the last block in each row's range; errors: the largest):")
+    print(table(header, rows, right=(2, 3, 5, 6, 7, 8)))
+    products = products_on("cuda")
+    five = sum(flops_of(*t.shape, FIVE, torch.bfloat16, products) for t in plan.matrices)
+    print(f"Newton–Schulz: {sum(t.flops for t in plan.matrices) / five:.2f}× the FLOPs of five Jordan steps, before anything is measured.")
     print("The laws were fitted on GPT-2 style models of 77M to 2.8B parameters; beyond, they are extrapolated.")
+
+
+def _span(values: list[int]) -> str:
+    return str(values[0]) if len(values) == 1 else f"{values[0]}–{values[-1]}"

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..spectrum.moments import QUANTILES
+from ..telemetry import known_at
 from .run_log import RunLog, duration, read_log
-from .table import mean_of_known, si, table
+from .table import mean_of_known, median_of_all, si, table
 
 BINS = 24  # most points of a curve over the run for what matrices measure at different steps
 SUMMARY = ("run", "optimizer", "step", "peak lr", "loss", "held out", "tokens/s", "optimizer share", "state per rank", "skipped")
@@ -75,7 +76,7 @@ def content(logs: list[RunLog]) -> dict[str, Any]:
     """Everything that the page shows, as JSON."""
     first = logs[0]
     summary = dict(zip(SUMMARY, _summary(first), strict=True))
-    over_five, covered = first.flops_over_five(), first.mean_coverage()
+    over_five, covered, (error, five) = first.flops_over_five(), first.mean_coverage(), first.mean_errors()
     return {
         "state": first.state(),
         "written": time.strftime("%Y-%m-%d %H:%M"),
@@ -86,7 +87,8 @@ def content(logs: list[RunLog]) -> dict[str, Any]:
             {"name": "tokens/s (median)", "value": summary["tokens/s"]},
             {"name": "optimizer's share of a step", "value": summary["optimizer share"]},
             {"name": "optimizer state per rank", "value": summary["state per rank"]},
-            {"name": "Newton–Schulz FLOPs over five steps", "value": "–" if over_five is None else f"{over_five:.2f}×"},
+            {"name": "Newton–Schulz FLOPs over five Jordan steps", "value": "–" if over_five is None else f"{over_five:.2f}×"},
+            {"name": "mean error (five Jordan steps)", "value": "–" if error is None or five is None else f"{error:.2f} ({five:.2f})"},
             {"name": "mean coverage", "value": "–" if covered is None else f"{covered:.2f}"},
             {"name": "skipped steps", "value": summary["skipped"]},
         ],
@@ -130,36 +132,58 @@ def content(logs: list[RunLog]) -> dict[str, Any]:
 
 
 def _spectra(log: RunLog) -> dict[str, Any]:
-    """Medians over matrices of quantiles, and means by kind of steps and coverage, over the run."""
-    if not log.matrices:
-        return {"quantiles": [], "steps": [], "coverage": []}
-    least, most = log.matrices[0]["step"], log.matrices[-1]["step"]
-    count = min(BINS, max(1, len(log.matrices) // len(log.last_matrices)))  # about one measurement of every matrix in each
-    bins: dict[int, list[dict[str, Any]]] = {}
-    for record in log.matrices:
-        bins.setdefault((record["step"] - least) * count // (most - least + 1), []).append(record)
-    places = {k: statistics.mean(r["step"] for r in records) for k, records in sorted(bins.items())}
+    """Medians over matrices of quantiles, the share of those not resolved, and means of steps, error and cost, over the run.
 
-    def curve(name: str, key: str, average: Callable[[list[float | None]], float | None], kind: str | None = None) -> dict[str, Any]:
-        own = {k: [r for r in bins[k] if kind is None or (r["kind"] or "other") == kind] for k in places}
-        return {"name": name, "points": [[place, average([r[key] for r in own[k]])] for k, place in places.items() if own[k]]}
+    At every point each matrix counts with its last measurement by then.
+    """
+    if not log.matrices:
+        return {"quantiles": [], "unresolved": [], "steps": [], "errors": [], "cost": []}
+    places = sorted({r["step"] for r in log.matrices})
+    places = [places[k * (len(places) - 1) // max(1, BINS - 1)] for k in range(min(BINS, len(places)))] if len(places) > BINS else places
+    known = known_at(log.matrices, places)
+
+    def curve(name: str, average: Callable[[list[dict[str, Any]]], float | None], kind: str | None = None) -> dict[str, Any]:
+        own = [[r for r in records if kind is None or (r["kind"] or "other") == kind] for records in known]
+        return {"name": name, "points": [[place, average(records)] for place, records in zip(places, own, strict=True) if records]}
+
+    def mean(key: str) -> Callable[[list[dict[str, Any]]], float | None]:
+        return lambda records: mean_of_known([r[key] for r in records])
+
+    def median(key: str) -> Callable[[list[dict[str, Any]]], float | None]:
+        return lambda records: median_of_all([r[key] for r in records])
+
+    def unknown(key: str) -> Callable[[list[dict[str, Any]]], float | None]:
+        return lambda records: sum(r[key] is None for r in records) / len(records)
 
     kinds = sorted({r["kind"] or "other" for r in log.matrices})
     return {
-        "quantiles": [curve(f"{q:g}", f"sigma_{q:g}", _median) for q in QUANTILES],
-        "steps": [curve(kind, "ns_steps", mean_of_known, kind) for kind in kinds],
-        "coverage": [curve(kind, "coverage", mean_of_known, kind) for kind in kinds],
+        "quantiles": [curve(f"{q:g}", median(f"sigma_{q:g}")) for q in QUANTILES],
+        "unresolved": [curve(f"{q:g}", unknown(f"sigma_{q:g}")) for q in QUANTILES],
+        "steps": [curve(kind, mean("ns_steps"), kind) for kind in kinds],
+        "errors": [curve("as chosen", mean("error")), curve("five Jordan steps", mean("error_of_five_steps"))],
+        "cost": [
+            curve(kind, lambda records: sum(r["flops"] for r in records) / sum(r["flops_of_five_steps"] for r in records), kind)
+            for kind in kinds
+        ],
     }
-
-
-def _median(values: list[float | None]) -> float | None:
-    """None stands for a value below all others."""
-    return sorted(values, key=lambda v: 0.0 if v is None else v)[len(values) // 2]
 
 
 def _layers(log: RunLog) -> list[dict[str, Any]]:
     """The last measurement of every matrix."""
-    keys = ("name", "kind", "depth", "shape", "step", "ns_steps", "coverage", "flops", "flops_of_five_steps")
+    keys = (
+        "name",
+        "kind",
+        "depth",
+        "shape",
+        "step",
+        "ns_steps",
+        "deflation",
+        "error",
+        "error_of_five_steps",
+        "coverage",
+        "flops",
+        "flops_of_five_steps",
+    )
     return [
         {**{key: r[key] for key in keys}, "sigmas": [r[f"sigma_{q:g}"] for q in QUANTILES]}
         for r in sorted(log.last_matrices, key=lambda r: (r["depth"], r["kind"] or "other", r["name"]))
@@ -170,10 +194,10 @@ def _kinds(log: RunLog) -> list[list[Any]]:
     rows = []
     for kind, records in log.by_kind().items():
         steps = [r["ns_steps"] for r in records]
-        covered = [r["coverage"] for r in records if r["coverage"] is not None]
+        errors = [mean_of_known([r[key] for r in records]) for key in ("error", "error_of_five_steps")]
         cost = sum(r["flops"] for r in records) / sum(r["flops_of_five_steps"] for r in records)
         span = str(min(steps)) if min(steps) == max(steps) else f"{min(steps)}–{max(steps)}"
-        rows.append([kind, len(records), span, f"{min(covered):.2f}" if covered else "–", f"{cost:.2f}×"])
+        rows.append([kind, len(records), span, *("–" if e is None else f"{e:.2f}" for e in errors), f"{cost:.2f}×"])
     return rows
 
 

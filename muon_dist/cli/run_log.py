@@ -68,6 +68,11 @@ class RunLog:
         """The mean of what the last measurements say is covered."""
         return mean_of_known([r["coverage"] for r in self.last_matrices])
 
+    def mean_errors(self) -> tuple[float | None, float | None]:
+        """The means of what the last measurements say of the error, and of that of five Jordan steps."""
+        last = self.last_matrices
+        return mean_of_known([r["error"] for r in last]), mean_of_known([r["error_of_five_steps"] for r in last])
+
     def state(self) -> str:
         """Running, ended and why, or silent for how long."""
         if self.end is not None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from ..spectrum.moments import QUANTILES
-from ..telemetry import read_run
+from ..telemetry import known_at, read_run
 from .picture import pyplot
-from .table import mean_of_known, table, write_json
+from .table import mean_of_known, median_of_all, table, write_json
 
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#7f7f7f")
 
@@ -21,15 +20,16 @@ def run(directory: str, picture: str | None, json_path: str | None) -> int:
     rows = []
     for name, r in last.items():
         sigma = [_number(r[f"sigma_{q:g}"]) for q in QUANTILES]
-        covered = "–" if r["coverage"] is None else f"{r['coverage']:.2f}"
-        rows.append(
-            (name, r["kind"] or "–", f"{r['depth']:.2f}", "×".join(map(str, r["shape"])), r["step"], r["ns_steps"], covered, *sigma)
-        )
-    header = ("matrix", "kind", "depth", "shape", "measured at", "steps", "coverage", *[f"σ at {q:g}" for q in QUANTILES])
+        known = ("–" if r[key] is None else f"{r[key]:.2f}" for key in ("error", "error_of_five_steps", "coverage"))
+        shape, cost = "×".join(map(str, r["shape"])), f"{r['flops'] / r['flops_of_five_steps']:.2f}×"
+        rows.append((name, r["kind"] or "–", f"{r['depth']:.2f}", shape, r["step"], r["ns_steps"], r["deflation"], *known, cost, *sigma))
+    heads = ("matrix", "kind", "depth", "shape", "measured at", "steps", "deflated", "error", "of five", "coverage", "FLOPs")
+    header = (*heads, *[f"σ at {q:g}" for q in QUANTILES])
     print(table(header, rows, right=tuple(range(4, len(header)))))
     total, five = (sum(r[key] for r in last.values()) for key in ("flops", "flops_of_five_steps"))
-    print(f"\nσ: singular value at rank ⌈q·r⌉ from the top over ‖M‖_F; < where not resolved. {len(records)} measurements.")
-    print(f"Newton–Schulz of these {len(last)} matrices: {total / five:.2f}× the FLOPs of five steps.")
+    print("\nerror: root mean square of (gain − 1) over the directions above the noise floor, beside that of five Jordan steps.")
+    print(f"σ: singular value at rank ⌈q·r⌉ from the top over ‖M‖_F; < where not resolved. {len(records)} measurements.")
+    print(f"Newton–Schulz of these {len(last)} matrices: {total / five:.2f}× the FLOPs of five Jordan steps, each in its cheapest form.")
     path = Path(picture) if picture else Path(directory if Path(directory).is_dir() else Path(directory).parent) / "spectrum.png"
     if picture or importlib.util.find_spec("matplotlib"):
         draw(records, path)
@@ -45,40 +45,35 @@ def _number(value: float | None) -> str:
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:
-    """Median quantiles over steps; the median singular value over depth at the end; steps and coverage over steps."""
+    """Median quantiles over steps; the median singular value over depth at the end; error, and cost by kind, over steps."""
     plt = pyplot()
-    import numpy as np
 
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(19, 4.4), layout="constrained")
     steps = sorted({r["step"] for r in records})
-    cycle = [steps[int(k)] for k in np.linspace(0, len(steps) - 1, min(12, len(steps)) + 1)] if len(steps) > 1 else [*steps, steps[0] + 1]
-    bins: dict[int, list[dict[str, Any]]] = defaultdict(list)  # steps are staggered between matrices: average over parts of the run
-    for r in records:
-        bins[min(max(0, int(np.searchsorted(cycle, r["step"], side="right")) - 1), len(cycle) - 2)].append(r)
-    places = [float(np.mean([r["step"] for r in bins[k]])) for k in sorted(bins)]
+    known = known_at(records, steps)  # every matrix counts at every step, with its last measurement
     for q, colour in zip(QUANTILES, COLOURS, strict=False):
-        known = [[r[f"sigma_{q:g}"] for r in bins[k] if r[f"sigma_{q:g}"] is not None] for k in sorted(bins)]
-        points = [(p, float(np.median(v))) for p, v in zip(places, known, strict=True) if v]
+        values = [median_of_all([r[f"sigma_{q:g}"] for r in at]) for at in known]
+        points = [(step, v) for step, v in zip(steps, values, strict=True) if v is not None]
+        hidden = sum(r[f"sigma_{q:g}"] is None for r in known[-1]) / len(known[-1])
+        label = f"q = {q:g}" + (f", {hidden:.0%} below the resolution" if hidden else "")
         if points:
-            axes[0].semilogy(*zip(*points, strict=True), marker=".", color=colour, label=f"q = {q:g}")
-    axes[0].set(xlabel="step", ylabel="σ / ‖M‖_F", title="quantiles over steps (median of matrices)")
-    last = {r["name"]: r for r in records}.values()
+            axes[0].semilogy(*zip(*points, strict=True), marker=".", color=colour, label=label)
+    axes[0].set(xlabel="step", ylabel="σ / ‖M‖_F", title="quantiles over steps (median of all matrices)")
+    last = known[-1]
     for kind, colour in zip(sorted({r["kind"] or "other" for r in last}), COLOURS, strict=False):
         own = sorted((r["depth"], r["sigma_0.5"]) for r in last if (r["kind"] or "other") == kind and r["sigma_0.5"] is not None)
         if own:
             axes[1].semilogy(*zip(*own, strict=True), marker="o", markersize=4, color=colour, label=kind)
-        counts = [[r["ns_steps"] for r in bins[k] if (r["kind"] or "other") == kind] for k in sorted(bins)]
-        taken = [(p, float(np.mean(v))) for p, v in zip(places, counts, strict=True) if v]
-        axes[2].plot(*zip(*taken, strict=True), marker=".", color=colour, label=kind)
+        mine = [(step, [r for r in at if (r["kind"] or "other") == kind]) for step, at in zip(steps, known, strict=True)]
+        cost = [(step, sum(r["flops"] for r in at) / sum(r["flops_of_five_steps"] for r in at)) for step, at in mine if at]
+        axes[3].plot(*zip(*cost, strict=True), marker=".", color=colour, label=kind)
     axes[1].set(xlabel="relative depth", ylabel="σ at q = .5 / ‖M‖_F", title="median singular value over depth, at the end")
-    coverage = [
-        (p, v) for p, k in zip(places, sorted(bins), strict=True) if (v := mean_of_known([r["coverage"] for r in bins[k]])) is not None
-    ]
-    axes[2].set(xlabel="step", ylabel="Newton–Schulz steps", title="steps by kind; dashed: coverage", ylim=(0, None))
-    beside = axes[2].twinx()
-    if coverage:
-        beside.plot(*zip(*coverage, strict=True), "k--", linewidth=1)
-    beside.set(ylim=(0, 1.05), ylabel="coverage")
+    for key, label, style in (("error", "as chosen", "-"), ("error_of_five_steps", "five Jordan steps", "--")):
+        means = [(step, v) for step, at in zip(steps, known, strict=True) if (v := mean_of_known([r[key] for r in at])) is not None]
+        if means:
+            axes[2].plot(*zip(*means, strict=True), "k" + style, label=label)
+    axes[2].set(xlabel="step", ylabel="rms of (gain − 1)", title="error, mean of all matrices", ylim=(0, None))
+    axes[3].set(xlabel="step", ylabel="FLOPs over five Jordan steps", title="cost by kind", ylim=(0, None))
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=8)

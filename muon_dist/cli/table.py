@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,11 @@ def mean_of_known(values: Sequence[float | None]) -> float | None:
     """The mean of those that are not None; None where all are."""
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if known else None
+
+
+def median_of_all(values: Sequence[float | None]) -> float | None:
+    """The median, where None stands for a value below all others; None where that is the one in the middle."""
+    return sorted(values, key=lambda v: -math.inf if v is None else v)[len(values) // 2] if values else None
 
 
 def write_json(path: str | None, content: Any) -> None:

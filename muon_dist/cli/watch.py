@@ -1,4 +1,4 @@
-"""`muon-dist watch RUN`: a run as it goes, from what it logs: loss, speed, the optimizer's share, coverage and steps per kind of layer."""
+"""`muon-dist watch RUN`: a run as it goes, from what it logs: loss, speed, the optimizer's share, error and steps per kind of layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from .run_log import RunLog, duration, read_log
-from .table import si, table
+from .table import mean_of_known, si, table
 
 BAR = 30  # characters
 
@@ -55,13 +55,17 @@ def render(log: RunLog) -> str:
         _checkpoint(log),
     ]
     if log.matrices:
-        covered = log.mean_coverage()
+        covered, (error, five) = log.mean_coverage(), log.mean_errors()
         average = statistics.mean(r["ns_steps"] for r in log.last_matrices)
         lines += [
             "",
-            f"Newton–Schulz: {average:.1f} steps on average, {log.flops_over_five():.2f}× the FLOPs of five, "
-            f"coverage {'–' if covered is None else f'{covered:.2f}'}",
-            table(("kind", "matrices", "steps", "coverage", "least covered", "σ at .5 / ‖M‖_F"), _kinds(log), right=(1, 2, 3, 5)),
+            f"Newton–Schulz: {average:.1f} steps on average, {log.flops_over_five():.2f}× the FLOPs of five Jordan steps",
+            f"error {_or_none(error)}, of five Jordan steps {_or_none(five)}; coverage {'–' if covered is None else f'{covered:.2f}'}",
+            table(
+                ("kind", "matrices", "steps", "deflated", "error", "of five", "coverage", "σ at .5 / ‖M‖_F"),
+                _kinds(log),
+                right=(1, 2, 3, 4, 5, 6, 7),
+            ),
         ]
     else:
         lines.append(f"Newton–Schulz: {options['ns_steps']} steps for all" if options["ns_steps"] not in (None, "adaptive") else "")
@@ -86,16 +90,16 @@ def _kinds(log: RunLog) -> list[tuple[Any, ...]]:
     rows = []
     for kind, records in log.by_kind().items():
         steps = sorted(r["ns_steps"] for r in records)
-        known = [r for r in records if r["coverage"] is not None]
-        worst = min(known, key=lambda r: r["coverage"], default=None)
+        deflated = sorted(r["deflation"] for r in records)
+        means = (mean_of_known([r[key] for r in records]) for key in ("error", "error_of_five_steps", "coverage"))
         sigmas = [r["sigma_0.5"] for r in records if r["sigma_0.5"] is not None]
         rows.append(
             (
                 kind,
                 len(records),
                 str(steps[0]) if steps[0] == steps[-1] else f"{steps[0]}–{steps[-1]}",
-                f"{statistics.mean(r['coverage'] for r in known):.2f}" if known else "–",
-                "–" if worst is None else f"{worst['name']} ({worst['coverage']:.2f})",
+                str(deflated[0]) if deflated[0] == deflated[-1] else f"{deflated[0]}–{deflated[-1]}",
+                *("–" if mean is None else f"{mean:.2f}" for mean in means),
                 f"{statistics.median(sigmas):.1e}" if sigmas else "–",
             )
         )

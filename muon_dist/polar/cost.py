@@ -11,10 +11,11 @@ import functools
 
 import torch
 
-from .deflation import deflation_flops
+from .flattening import flattening_flops
+from .forms import cheapest_segments
 from .polynomials import Coefficients, Schedule
 from .products import SymmetricProducts
-from .restarts import best_segments, single_steps
+from .restarts import single_steps
 
 # Operations in the time that a product takes to bring one element of its result to memory: from the rate of products over the bandwidth of
 # fp32 on a CPU core (measured: 90 GFLOP/s, 10 GB/s), of bf16 on an H100 (data sheet: 990 TFLOP/s, 3.35 TB/s).
@@ -24,17 +25,17 @@ OPERATIONS_PER_ELEMENT = {"cpu": 64, "cuda": 1024}
 def flops(rows: int, cols: int, steps: int, *, deflation: int = 0) -> int:
     """Floating-point operations of `steps` quintic steps on a rows × cols matrix in the direct form: k(4m²n + 2m³), m = min(rows, cols).
 
-    With the products of deflation; orthonormalising its few vectors is left out, as are all passes over single matrices.
+    With those of deflation; passes over single matrices are left out.
     """
     m, n = min(rows, cols), max(rows, cols)
-    return steps * (4 * m * m * n + 2 * m**3) + deflation_flops(m, n, deflation)
+    return steps * (4 * m * m * n + 2 * m**3) + flattening_flops(m, n, deflation)
 
 
 def flops_of(rows: int, cols: int, schedule: Schedule, compute_dtype: torch.dtype, products: SymmetricProducts) -> int:
     """What `orthogonalize_batch` takes for one matrix: of the form that is chosen, with half-computed symmetric products."""
     m, n = min(rows, cols), max(rows, cols)
     segments = segments_of(schedule.steps, rows, cols, compute_dtype, products)
-    return sum(segment_flops(m, n, length, compute_dtype, products) for length in segments) + deflation_flops(m, n, schedule.deflation)
+    return sum(segment_flops(m, n, length, compute_dtype, products) for length in segments) + flattening_flops(m, n, schedule.deflation)
 
 
 def segment_flops(m: int, n: int, length: int, compute_dtype: torch.dtype, products: SymmetricProducts) -> int:
@@ -75,7 +76,7 @@ def segments_of(
         squares = 1 + length + 3 * (length - 1)
         return segment_flops(m, n, length, compute_dtype, products) + per_element * (squares * m * m + m * n)
 
-    return best_segments(steps, products.precision(compute_dtype), cost)
+    return cheapest_segments(steps, products.precision(compute_dtype), cost)
 
 
 def form_name(segments: tuple[int, ...]) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .cost import segments_of
-from .deflation import split_dominant
+from .flattening import DOMINANT, flatten_dominant
 from .polynomials import Coefficients, Polynomial, Schedule, explicit_schedule, schedule_for
 from .products import SymmetricProducts, own_products, products_on
 
@@ -68,7 +68,6 @@ def orthogonalize(
     polynomial: Polynomial = ...,
     schedule: Schedule | Sequence[Coefficients] | None = ...,
     compute_dtype: torch.dtype | str | None = ...,
-    basis: Tensor | None = ...,
     return_moments: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -81,7 +80,6 @@ def orthogonalize(
     polynomial: Polynomial = ...,
     schedule: Schedule | Sequence[Coefficients] | None = ...,
     compute_dtype: torch.dtype | str | None = ...,
-    basis: Tensor | None = ...,
     return_moments: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -94,7 +92,6 @@ def orthogonalize(
     polynomial: Polynomial = "jordan",
     schedule: Schedule | Sequence[Coefficients] | None = None,
     compute_dtype: torch.dtype | str | None = None,
-    basis: Tensor | None = None,
     return_moments: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The approximate polar factor UVᵀ of each matrix USVᵀ in `x`, by Newton–Schulz.
@@ -108,13 +105,11 @@ def orthogonalize(
             deflation; or a list of (a, b, c), one per step, on x/‖x‖_F.
         compute_dtype: what the products run in (a dtype or a name such as "bf16"). None: fp32 on a CPU, fp64 for fp64 input;
             on an accelerator bf16, or fp16 where the schedule reaches directions that bf16 doesn't resolve.
-        basis: (..., min(m, n), deflation), fp32 or more, zeros at first: where a schedule with deflation keeps the dominant directions it
-            found. Passed again at the next call, on a matrix that changed little, they replace the random start and one of two passes.
         return_moments: also return the moments of the iterates.
 
     Returns:
         A new tensor of the shape and dtype of `x`. With `return_moments`, also the moments, (..., 3 + 4·steps) in fp64 on x's
-        device, as `spectrum.moments` reads them.
+        device, as `spectrum.moments` reads them; eight more where the schedule deflates.
 
     Raises:
         ValueError: fewer than two dimensions, a non-floating dtype, or a malformed polynomial or schedule.
@@ -128,16 +123,8 @@ def orthogonalize(
     chosen = schedule_for(polynomial, steps) if schedule is None else explicit_schedule(schedule)
     compute = dtype_named(compute_dtype, "compute_dtype") or default_compute_dtype(x.device, x.dtype, chosen)
     batch = x.detach().clone(memory_format=torch.contiguous_format).reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
-    if basis is not None:
-        expected = (*x.shape[:-2], min(x.shape[-2:]), chosen.deflation)
-        if tuple(basis.shape) != expected or basis.dtype not in (torch.float32, torch.float64) or not chosen.deflation:
-            raise ValueError(
-                f"basis keeps the directions of a schedule with deflation, as fp32 or fp64 of shape {expected}; "
-                f"got {basis.dtype} of shape {tuple(basis.shape)} for a deflation of {chosen.deflation}"
-            )
-        basis = basis.view(batch.shape[0], *basis.shape[-2:])
-    moments = x.new_zeros(batch.shape[0], moment_count(len(chosen)), dtype=torch.float64) if return_moments else None
-    result = orthogonalize_batch(batch, chosen, compute_dtype=compute, moments=moments, basis=basis).to(x.dtype).reshape(x.shape)
+    moments = x.new_zeros(batch.shape[0], moment_count(len(chosen), chosen.deflation), dtype=torch.float64) if return_moments else None
+    result = orthogonalize_batch(batch, chosen, compute_dtype=compute, moments=moments).to(x.dtype).reshape(x.shape)
     return result if moments is None else (result, moments.reshape(*x.shape[:-2], -1))
 
 
@@ -156,9 +143,9 @@ class Slices:
     add_up: Callable[[Tensor], None]
 
 
-def moment_count(steps: int) -> int:
+def moment_count(steps: int, deflation: int) -> int:
     """How many moments an orthogonalisation of so many steps yields for each matrix."""
-    return 3 + 4 * steps
+    return 3 + 4 * steps + (DOMINANT if deflation else 0)
 
 
 def orthogonalize_batch(
@@ -169,7 +156,6 @@ def orthogonalize_batch(
     eps: float = 1e-20,
     keep: Tensor | None = None,
     moments: Tensor | None = None,
-    basis: Tensor | None = None,
     slices: Slices | None = None,
     products: SymmetricProducts | None = None,
 ) -> Tensor:
@@ -181,13 +167,13 @@ def orthogonalize_batch(
     `moments`, (B, 3 + 4k) in fp64, is filled with what the k steps show of the spectrum, for a pass over each Gram matrix and one
     over the result, and no product. With uᵢ the squares of the singular values of the iterate before step i, which maps u to
     u·(a + P(u))², P(u) = b·u + c·u²:
-        the share of ‖X‖_F² that deflation left over, and the norm that the rest was divided by, relative to ‖X‖_F;
+        where the dominant singular values were put by deflation, relative to ‖X‖_F, and the norm that the matrix was then divided by;
         for every step Σuᵢ, Σuᵢ², Σuᵢ·P(uᵢ), ΣP(uᵢ)²;
-        and Σuₖ of the result, without the directions that were deflated.
+        Σuₖ of the result; and with deflation, (B, 3 + 4k + 8), some of the dominant singular values (`flattening.dominant_ranks`).
 
     With `slices` the batch is this process's part of larger matrices, and so is the result. Gram matrices are added up over all parts
-    (every segment's, in fp32 at least), and so are the squares of norms; steps on a Gram matrix are taken by all, alike. The moments are
-    those of the whole matrices. Deflation is not possible then.
+    (every segment's, in fp32 at least), and so are the squares of norms and what deflation needs; steps on a Gram matrix are taken by
+    all, alike. The moments are those of the whole matrices.
 
     `products`: how symmetric products are taken; None: as usual on this kind of device.
     """
@@ -195,7 +181,6 @@ def orthogonalize_batch(
         return batch.to(compute_dtype, copy=True)
     norm = frobenius_norms(batch)
     if slices is not None:
-        assert not schedule.deflation  # binding refuses it
         slices.add_up(norm.square_())
         norm.sqrt_()
     norm.clamp_(min=eps)
@@ -204,16 +189,25 @@ def orthogonalize_batch(
     if batch.dtype != torch.float64:
         norm = norm.to(torch.float32)
     norm.masked_fill_(norm == 0, float("inf"))  # an eps of 0, or one that fp32 doesn't hold
-    dominant = None
-    if schedule.deflation:  # in fp32 at least, so that what is left is rounded at its own scale
+    deflated = min(schedule.deflation, *(tuple(batch.shape[1:]) if slices is None else slices.shape))
+    if moments is not None:
+        moments[:, 0] = 0.0
+    if deflated:  # in fp32 at least, and only what is left is rounded, at its own scale
         batch = batch.to(torch.promote_types(batch.dtype, torch.float32)).div_(norm)
         with own_products(batch.device.type, exact=True):
-            dominant = split_dominant(batch, schedule.deflation, basis).to(compute_dtype)
+            tau = flatten_dominant(
+                batch,
+                deflated,
+                tall=batch.shape[-2] > batch.shape[-1] if slices is None else slices.dim == 0,
+                add_up=None if slices is None else slices.add_up,
+                dominant=None if moments is None else moments[:, -DOMINANT:],
+            )
+        if moments is not None:
+            moments[:, 0] = tau
+            moments = moments[:, :-DOMINANT]
         x = batch.to(compute_dtype)
     else:
         x = batch.div_(norm) if batch.dtype == compute_dtype else (batch / norm).to(compute_dtype)
-    if moments is not None:
-        moments[:, 0] = 1.0 if dominant is None else _inner(x, x)
     y = torch.empty_like(x)
     shape = tuple(x.shape[1:]) if slices is None else slices.shape
     products = products or products_on(x.device.type)
@@ -224,8 +218,7 @@ def orthogonalize_batch(
     with own_products(x.device.type):
         for k in range(x.shape[0]) if one_by_one else [slice(None)]:
             _iterate(x[k], y[k], schedule, segments, products, None if moments is None else moments[k, 1:], slices)
-    result = y if len(segments) % 2 else x
-    return result if dominant is None else result.add_(dominant)
+    return y if len(segments) % 2 else x
 
 
 def _iterate(

@@ -52,14 +52,15 @@ MAX_STEPS = 100
 class Schedule:
     """The polynomials of one orthogonalisation and what comes before them.
 
-    Two schedules are equal where they compute the same; `coverage` and `quantiles` only report.
+    Two schedules are equal where they compute the same; `error`, `coverage` and `quantiles` only report.
 
     Attributes:
         steps: one (a, b, c) per Newton–Schulz step.
         normalisation: what X is divided by: "frobenius", ‖X‖_F, as published families are; "schatten4", (Σσ⁴)^¼, or
             "schatten8", (Σσ⁸)^⅛, both upper bounds of σ₁ from the first step's Gram matrix and far tighter.
-        deflation: how many dominant directions are taken out by a randomised projection and set to 1 by themselves, so that the
-            others are iterated at their own scale; 0 takes out none.
+        deflation: how many dominant singular values are lowered first to lie among the others (`flattening`), which are then iterated
+            at their own scale; 0: none.
+        error: the root mean square of (gain − 1) over the directions above the noise floor, as estimated by `choose_schedule`.
         coverage: the share of directions above the noise floor that the steps bring within the tolerance, as estimated by
             `choose_schedule`.
         quantiles: q -> σ_q/‖X‖_F, the singular value at rank ⌈q·r⌉ from the top, as estimated by `choose_schedule`; None
@@ -69,6 +70,7 @@ class Schedule:
     steps: tuple[Coefficients, ...]
     normalisation: str = "frobenius"
     deflation: int = 0
+    error: float | None = field(default=None, compare=False)
     coverage: float | None = field(default=None, compare=False)
     quantiles: Mapping[float, float | None] | None = field(default=None, compare=False, repr=False)
 

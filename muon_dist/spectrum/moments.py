@@ -13,12 +13,13 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..polar.flattening import PLACE, dominant_ranks
 from ..polar.newton_schulz import moment_count
-from ..polar.polynomials import TOLERANCE, Schedule, image
+from ..polar.polynomials import TOLERANCE, Coefficients, Schedule, image
 
 Array = np.ndarray
 
@@ -37,6 +38,10 @@ RESOLVED_GAIN = 0.3  # a direction is resolved where the steps lift it to at lea
 CALIBRATION = 0.5
 # Mean square misfit of the moments beyond which no smooth density is near: on real momentum it stays below 8, a spike gives hundreds
 MOST_MISFIT = 10.0
+# Flattened directions are not exact, so that the largest singular value beside them comes out larger than the next one was: by so much in
+# the median on momentum of three models, and by nothing above a gap. What was not measured is judged by the worse of both.
+LEAK = 1.15
+FLATTENED_ERROR = 0.05  # of what flattened directions add to a moment: their subspace is not exact
 ATOM_ERROR = 0.1  # deviation of an atom's mass, relative: a guess on the safe side
 MOST_ERROR = 0.2  # in ln σ: a quantile that is known no better is not reported
 
@@ -58,22 +63,42 @@ _ROUGHNESS = np.diff(np.eye(KNOTS), 2, axis=0) / STIFFNESS
 _ROUGHNESS = _ROUGHNESS.T @ _ROUGHNESS + 1e-4 * np.eye(KNOTS)
 
 
-@functools.lru_cache(maxsize=256)
-def _functions(schedule: Schedule) -> tuple[Array, Array, Array]:
-    """What a singular value at each point adds to the moments, (J, CELLS·POINTS); its average in each cell, (J, CELLS); and the
-    average of the products of two such, (J·J, CELLS).
-
-    In the order of `orthogonalize_batch`: u, u², u·P(u), P(u)² for every step, u of the result, and the mass.
-    """
-    rows, x = [], np.exp(_POINTS)
-    for a, b, c in schedule.steps:
+def _rows(steps: Sequence[Coefficients], x: Array) -> Array:
+    """What singular values x add to the moments, (J, …): u, u², u·P(u), P(u)² for every step, and u of the result."""
+    rows = []
+    for a, b, c in steps:
         u = x * x
         p = b * u + c * u * u
         rows += [u, u * u, u * p, p * p]
         x = x * (a + p)
-    f = np.stack([*rows, x * x, np.ones_like(x)])
+    return np.stack([*rows, x * x])
+
+
+@functools.lru_cache(maxsize=256)
+def _functions(steps: tuple[Coefficients, ...]) -> tuple[Array, Array, Array]:
+    """What a singular value at each point adds to the moments and to the mass, (J, CELLS·POINTS); its average in each cell, (J, CELLS);
+    and the average of the products of two such, (J·J, CELLS).
+    """
+    x = np.exp(_POINTS)
+    f = np.concatenate([_rows(steps, x), np.ones((1, len(x)))])
     cells = f.reshape(len(f), CELLS, POINTS)
     return f, cells.mean(2), np.einsum("jgp,kgp->jkg", cells, cells).reshape(-1, CELLS) / POINTS
+
+
+# Gains are looked up in a table: a hundred candidates are judged for every measurement
+_TABLE = np.linspace(-2.5 * DECADES, 0.0, 8001)
+
+
+@functools.lru_cache(maxsize=1024)
+def _gain_table(steps: tuple[Coefficients, ...]) -> Array:
+    return np.asarray(image(steps, np.exp(_TABLE)))
+
+
+def _gains(steps: tuple[Coefficients, ...], ln_x: Array) -> Array:
+    """What the steps make of exp(ln_x), which is at most 1."""
+    places = (ln_x - _TABLE[0]) * ((len(_TABLE) - 1) / -_TABLE[0]) + 0.5
+    gains: Array = _gain_table(steps)[np.clip(places, 0, len(_TABLE) - 1).astype(np.intp)]
+    return gains
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,13 +106,13 @@ class Spectrum:
     """An estimated distribution of singular values, relative to ‖X‖_F.
 
     Attributes:
-        mass: expected number of directions around each point of a grid in ln t, (CELLS·POINTS,).
+        mass: expected number of directions around each point of a grid in ln t, (CELLS·POINTS,), dominant ones excluded.
         root: (CELLS·POINTS, K), with root·rootᵀ the covariance of `mass`.
         scale: σ/‖X‖_F = scale · t.
-        norms: normalisation -> what it divides by, relative to ‖X‖_F; of what is left where directions were deflated.
+        norms: normalisation -> what it divides by, relative to ‖X‖_F, once the dominant directions are flattened.
         resolution: the smallest σ/‖X‖_F that the measurement resolves.
-        rank: min(rows, cols), deflated directions included.
-        deflated: directions that were taken out before; they count as larger than all others.
+        rank: min(rows, cols), dominant directions included.
+        dominant: (d,), σ/‖X‖_F of the largest singular values, falling, where some were flattened.
     """
 
     mass: Array
@@ -96,10 +121,10 @@ class Spectrum:
     norms: Mapping[str, float]
     resolution: float
     rank: int
-    deflated: int = 0
+    dominant: Array = field(default_factory=lambda: np.zeros(0))
 
     def quantile(self, q: float) -> float | None:
-        """σ/‖X‖_F at rank ⌈q·rank⌉ from the top; None where that is below the resolution or was deflated."""
+        """σ/‖X‖_F at rank ⌈q·rank⌉ from the top; None where that is below the resolution."""
         value, error = self._quantile(q)
         return value if value >= self.resolution and error <= MOST_ERROR else None
 
@@ -110,9 +135,10 @@ class Spectrum:
     def _quantile(self, q: float) -> tuple[float, float]:
         if not 0 < q <= 1:
             raise ValueError(f"a quantile lies in (0, 1], got {q!r}")
-        position = math.ceil(q * self.rank) - 0.5 - self.deflated  # half a direction: the middle of the step
-        if position < 0:
-            return math.nan, math.inf
+        number = math.ceil(q * self.rank)
+        if number <= len(self.dominant):
+            return float(self.dominant[number - 1]), FLATTENED_ERROR
+        position = number - 0.5 - len(self.dominant)  # half a direction: the middle of the step
         counted = np.concatenate([[0.0], np.cumsum(self.mass[::-1])])  # from the top
         ln_t = float(np.interp(position, counted, _EDGES[::-1]))
         above = (_EDGES[1:] > ln_t).astype(float)
@@ -122,23 +148,75 @@ class Spectrum:
 
     def share_below(self, sigma: float) -> float:
         """The share of all directions whose σ/‖X‖_F is below `sigma`."""
-        return float(self.mass @ (math.log(sigma / self.scale) > _POINTS)) / self.rank
+        return float(self.mass @ (math.log(sigma / self.scale) > _POINTS) + (self.dominant < sigma).sum()) / self.rank
+
+    @functools.cached_property
+    def _from_the_top(self) -> tuple[Array, Array]:
+        """ln σ/‖X‖_F and the number of directions there, the largest first: dominant ones, then the grid's points."""
+        ln_sigma = np.concatenate([np.log(np.maximum(self.dominant, 1e-12)), _POINTS[::-1] + math.log(self.scale)])
+        return ln_sigma, np.concatenate([np.ones(len(self.dominant)), self.mass[::-1]])
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 (a spectrum is judged and thrown away)
+    def _flattened(self, count: int) -> tuple[Array, float]:
+        """Once `count` directions are flattened: how many are left at each place of `_from_the_top`, and ln τ."""
+        ln_sigma, counts = self._from_the_top
+        taken = np.clip(count - (np.cumsum(counts) - counts), 0.0, counts)
+        if not taken.any():
+            return counts, 0.0
+        last = float(ln_sigma[taken > 0].min())
+        return counts - taken, math.log(PLACE) + last - 0.125 * math.log(float(taken @ np.exp(8 * (last - ln_sigma))))
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019
+    def _norm(self, normalisation: str, count: int) -> float:
+        """What a normalisation divides by once `count` directions are flattened, relative to ‖X‖_F."""
+        if count == len(self.dominant) and normalisation in self.norms:
+            return self.norms[normalisation]
+        if normalisation == "frobenius" and count == 0:
+            return 1.0
+        power = {"frobenius": 2, "schatten4": 4, "schatten8": 8}[normalisation]
+        ln_sigma, _ = self._from_the_top
+        left, ln_tau = self._flattened(count)
+        return float(left @ np.exp(power * ln_sigma) + count * math.exp(power * ln_tau)) ** (1 / power)
+
+    def _outcomes(self, schedule: Schedule) -> list[tuple[Array, float]]:
+        """What the schedule may make of the directions at each place of `_from_the_top`, and of those that it flattens first."""
+        count = min(schedule.deflation, self.rank)
+        ln_norm, ln_tau = math.log(self._norm(schedule.normalisation, count)), self._flattened(count)[1]
+        norms = [ln_norm] if count in (0, len(self.dominant)) else [ln_norm, ln_norm + math.log(LEAK)]
+        return [
+            (_gains(schedule.steps, self._from_the_top[0] - norm), float(_gains(schedule.steps, np.array(ln_tau - norm)))) for norm in norms
+        ]
 
     def coverage(
         self, schedule: Schedule, *, tol: float = TOLERANCE, floor: float = NOISE_FLOOR, below: float | None = None
     ) -> tuple[float, float]:
         """The share of directions above the noise floor that `schedule` brings into [1 − tol, 1 + tol], and its deviation.
 
-        The schedule must deflate as many directions as the measured one did. `below` is the share of directions under the floor,
-        where that is known from a measurement that reached it.
+        `below` is the share of directions under the floor, where that is known from a measurement that reached it.
         """
-        t = np.minimum(np.exp(_POINTS) * (self.scale / self.norms[schedule.normalisation]), 1.0)
-        inside = (np.abs(image(schedule.steps, t) - 1) <= tol) & (math.log(floor / self.scale) <= _POINTS)
-        covered = inside.astype(float)
+        count = min(schedule.deflation, self.rank)
+        left = self._flattened(count)[0]
         share = self.share_below(floor) if below is None else below
         counted = max(self.rank * (1 - share), 1e-9)
-        value = (self.deflated + float(covered @ self.mass)) / counted
-        return min(value, 1.0), float(np.linalg.norm(covered @ self.root)) / counted
+        found = []
+        for gains, flattened in self._outcomes(schedule):
+            inside = ((np.abs(gains - 1) <= tol) & (self._from_the_top[0] >= math.log(floor))).astype(float)
+            value = (count * (abs(flattened - 1) <= tol) + float(inside @ left)) / counted
+            points = inside[len(self.dominant) :][::-1]
+            found.append((min(value, 1.0), float(np.linalg.norm(points @ self.root)) / counted))
+        return min(found)
+
+    def error(self, schedule: Schedule, *, floor: float = NOISE_FLOOR, below: float | None = None) -> float:
+        """How far from UVᵀ `schedule` leaves the matrix: the root mean square of (gain − 1) over the directions above the noise floor.
+
+        `below` as in `coverage`. Directions that the measurement doesn't resolve count as if they were where its fit puts them.
+        """
+        count = min(schedule.deflation, self.rank)
+        left = self._flattened(count)[0]
+        counts = np.where(self._from_the_top[0] >= math.log(floor), left, 0.0)
+        total = max(self.rank * (1 - below) if below is not None else count + float(counts.sum()), 1e-9)
+        squares = [float(counts @ np.square(gains - 1)) + count * (flattened - 1) ** 2 for gains, flattened in self._outcomes(schedule)]
+        return math.sqrt(max(squares) / total)
 
 
 def spectrum_from_quantiles(quantiles: Mapping[float, float], rank: int) -> Spectrum:
@@ -170,18 +248,27 @@ def spectrum_from_moments(moments: Sequence[float] | Array, schedule: Schedule, 
     """The spectrum of a matrix from the moments of one orthogonalisation; None for a matrix that was zero or not finite.
 
     Args:
-        moments: (3 + 4k,), as `orthogonalize(..., return_moments=True)` gives them.
+        moments: (3 + 4k,), or (3 + 4k + 8,) with deflation, as `orthogonalize(..., return_moments=True)` gives them.
         schedule: the one that they were measured with.
         rank: min(rows, cols) of the matrix.
     """
     values = np.asarray(moments, float)
-    if values.shape != (moment_count(len(schedule)),):
-        raise ValueError(f"a schedule of {len(schedule)} steps yields {moment_count(len(schedule))} moments, got shape {values.shape}")
-    deflated = min(schedule.deflation, rank)
-    scale, measured, left = values[1], values[2:], rank - deflated
-    if not np.isfinite(values).all() or measured[0] <= 1e-12 or left <= 0 or scale <= 0:
+    expected = moment_count(len(schedule), schedule.deflation)
+    if values.shape != (expected,):
+        raise ValueError(f"a schedule of {len(schedule)} steps yields {expected} moments, got shape {values.shape}")
+    count = min(schedule.deflation, rank)
+    tau, scale, measured, left = values[0], values[1], values[2 : 3 + 4 * len(schedule)], rank - count
+    if not np.isfinite(values).all() or measured[0] <= 1e-12 or scale <= 0:
         return None
-    mass, root = _fit(np.append(measured, left), *_functions(schedule))
+    dominant = np.zeros(0)
+    if count:
+        known = np.log(np.maximum(np.minimum.accumulate(values[3 + 4 * len(schedule) :]), 1e-12))
+        dominant = np.exp(np.interp(np.log(np.arange(1, count + 1)), np.log(dominant_ranks(count)), known))
+    if left:
+        flattened = count * _rows(schedule.steps, np.asarray(tau / scale))
+        mass, root = _fit(np.append(measured, left), flattened, *_functions(schedule.steps))
+    else:
+        mass, root = np.zeros(CELLS * POINTS), np.zeros((CELLS * POINTS, 1))
     reached = np.exp(_POINTS[np.argmax(image(schedule.steps, np.exp(_POINTS)) >= RESOLVED_GAIN)])
     return Spectrum(
         mass=mass,
@@ -190,7 +277,7 @@ def spectrum_from_moments(moments: Sequence[float] | Array, schedule: Schedule, 
         norms=_norms(measured, schedule, scale),
         resolution=float(reached) * scale,
         rank=rank,
-        deflated=deflated,
+        dominant=dominant,
     )
 
 
@@ -202,20 +289,23 @@ def _norms(measured: Array, schedule: Schedule, scale: float) -> dict[str, float
     return {"frobenius": scale * u1**0.5, "schatten4": scale * u2**0.25, "schatten8": scale * u4**0.125}
 
 
-def _fit(moments: Array, points: Array, functions: Array, products: Array) -> tuple[Array, Array]:
-    """The mass around every point and a root of its covariance: a smooth density or, where none gives the moments, few atoms."""
-    mass, root, misfit = _fit_density(moments, functions, products)
+def _fit(moments: Array, flattened: Array, points: Array, functions: Array, products: Array) -> tuple[Array, Array]:
+    """The mass around every point and a root of its covariance: a smooth density or, where none gives the moments, few atoms.
+
+    `flattened`: what directions that were flattened add to the moments, but for the last, the number of the others.
+    """
+    mass, root, misfit = _fit_density(moments, flattened, functions, products)
     if misfit <= MOST_MISFIT:
         return np.repeat(mass, POINTS) / POINTS, np.repeat(root, POINTS, axis=0) / POINTS
-    mass = _fit_atoms(points / moments[:, None])
+    mass = _fit_atoms(points / moments[:, None], 1.0 - np.append(flattened, 0.0) / moments)
     return mass, ATOM_ERROR * np.diag(mass)
 
 
-def _fit_atoms(points: Array) -> Array:
-    """Non-negative least squares by Lawson & Hanson's active sets (Solving Least Squares Problems, 1974): points @ mass ≈ 1."""
+def _fit_atoms(points: Array, target: Array) -> Array:
+    """Non-negative least squares by Lawson & Hanson's active sets (Solving Least Squares Problems, 1974): points @ mass ≈ target."""
     mass, active = np.zeros(points.shape[1]), np.zeros(points.shape[1], bool)
     for _ in range(3 * len(points)):
-        gradient = points.T @ (1.0 - points @ mass)
+        gradient = points.T @ (target - points @ mass)
         gradient[active] = -np.inf
         best = int(gradient.argmax())
         if gradient[best] <= 1e-9 * float((points[:, best] ** 2).sum()):
@@ -223,7 +313,7 @@ def _fit_atoms(points: Array) -> Array:
         active[best] = True
         while True:
             trial = np.zeros_like(mass)
-            trial[active] = np.linalg.lstsq(points[:, active], np.ones(len(points)), rcond=1e-10)[0]
+            trial[active] = np.linalg.lstsq(points[:, active], target, rcond=1e-10)[0]
             if (trial[active] > 0).all():
                 break
             shrinking = active & (trial <= 0)
@@ -234,12 +324,12 @@ def _fit_atoms(points: Array) -> Array:
             if not active.any():
                 break
         mass = trial if active.any() else mass
-        if np.abs(points @ mass - 1.0).max() < RELATIVE_ERROR / 10:
+        if np.abs(points @ mass - target).max() < RELATIVE_ERROR / 10:
             break
     return mass
 
 
-def _fit_density(moments: Array, functions: Array, products: Array) -> tuple[Array, Array, float]:
+def _fit_density(moments: Array, flattened: Array, functions: Array, products: Array) -> tuple[Array, Array, float]:
     """The mass of every cell, a root of its covariance, and the mean square misfit: the most probable spline, by damped Gauss–Newton.
 
     `moments` ends with the number of directions. The error that is granted to the others begins at 1 and shrinks to what it is, and
@@ -247,7 +337,7 @@ def _fit_density(moments: Array, functions: Array, products: Array) -> tuple[Arr
     """
     left, moments = moments[-1], moments[:-1]
     count = len(moments)
-    f = functions[:-1] / moments[:, None]
+    f, known = functions[:-1] / moments[:, None], flattened / moments
     pairs = products.reshape(count + 1, count + 1, CELLS)[:-1, :-1] / (moments[:, None, None] * moments[None, :, None])
     pairs = SCATTER * pairs.reshape(-1, CELLS)
 
@@ -257,16 +347,16 @@ def _fit_density(moments: Array, functions: Array, products: Array) -> tuple[Arr
         return mass * (left / mass.sum())
 
     def error_of(mass: Array) -> Array:
-        return f @ mass - 1 if linear else np.log(f @ mass)
+        return f @ mass + known - 1 if linear else np.log(f @ mass + known)
 
     spline = np.linalg.lstsq(_BASIS, -0.03 * (_CENTRES - math.log(0.9 / math.sqrt(left))) ** 2, rcond=None)[0]
     mass, granted, damping, linear = density(spline), 1.0, 1e-3, False
     for _ in range(40):
-        weight = np.linalg.inv((pairs @ mass).reshape(count, count) + granted**2 * np.eye(count))
+        weight = np.linalg.inv((pairs @ mass).reshape(count, count) + np.diag(granted**2 + np.square(FLATTENED_ERROR * known)))
         predicted, error = f @ mass, error_of(mass)
         slope = (f * mass) @ _BASIS - np.outer(predicted, mass @ _BASIS / left)
         if not linear:
-            slope /= predicted[:, None]
+            slope /= (predicted + known)[:, None]
         curvature = slope.T @ weight @ slope + _ROUGHNESS
         gradient = slope.T @ (weight @ error) + _ROUGHNESS @ spline
         before = after = error @ weight @ error + spline @ _ROUGHNESS @ spline
@@ -285,5 +375,5 @@ def _fit_density(moments: Array, functions: Array, products: Array) -> tuple[Arr
             linear, damping = True, 1e-3
         granted = max(RELATIVE_ERROR, 0.3 * granted)
     root = mass[:, None] * (_BASIS - mass @ _BASIS / left)
-    error = f @ mass - 1
+    error = f @ mass + known - 1
     return mass, CALIBRATION * root @ np.linalg.cholesky(np.linalg.inv(curvature)), float(error @ weight @ error) / count

@@ -1,0 +1,167 @@
+"""Deflation: dominant singular values are lowered to lie among the others, against exact decompositions."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from muon_dist import orthogonalize
+from muon_dist.polar.cost import flops
+from muon_dist.polar.flattening import PLACE, SMALLEST, dominant_ranks, flatten_dominant
+from muon_dist.polar.polynomials import image, widest_schedule
+
+from .test_spectrum import falling, gains, planted
+
+
+def flattened(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """X″, τ and the dominant values that a measurement yields."""
+    x = (x.double() / torch.linalg.matrix_norm(x.double(), keepdim=True).clamp_min(1e-300)).to(x.dtype)
+    batch = x if x.ndim == 3 else x.unsqueeze(0)
+    dominant = torch.zeros(len(batch), 8, dtype=torch.float64)
+    tau = flatten_dominant(batch, count, tall=batch.shape[-2] > batch.shape[-1], dominant=dominant)
+    return (batch if x.ndim == 3 else batch[0]), tau, dominant
+
+
+GAP = falling(60, 1.0, (50.0, 40.0, 30.0, 20.0))  # four directions above a gap
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(60, 100), (100, 60), (60, 60)])
+def test_above_a_gap_the_dominant_values_all_come_to_tau_and_nothing_else_changes(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x = planted(GAP, *shape).to(dtype)
+    u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
+    result, tau, dominant = flattened(x, 4)
+    inside = u.mT @ result.double() @ vh.mT * s.norm()  # in the singular vectors of X
+    expected = torch.cat([(tau * s.norm()).expand(4), s[4:]])
+    assert (inside - torch.diag(expected)).abs().max() < (0.12 * tau * s.norm()).item()  # the inverse root is good to a tenth
+    assert (inside - torch.diag(expected))[4:, 4:].abs().max() < {torch.float32: 1e-5, torch.float64: 1e-6}[dtype]
+    assert 0.8 * PLACE < tau.item() * s.norm() / s[3] <= PLACE
+    assert np.allclose(dominant[0].numpy(), [s[r - 1] / s.norm() for r in dominant_ranks(4)], rtol=0.01)
+
+
+def test_without_a_gap_the_largest_value_that_is_left_is_near_the_next_one() -> None:
+    worst = []
+    for seed in range(20):
+        x = planted(falling(120, 1.5), 120, 150, seed=seed)
+        s = torch.linalg.svdvals(x)
+        result, _, _ = flattened(x, 15)
+        worst.append(float(torch.linalg.svdvals(result)[0] * s.norm() / s[15]))
+    assert max(worst) < 1.6 and min(worst) > 0.99
+
+
+@pytest.mark.parametrize("name", ["equal", "rank one", "rank deficient", "steep", "zero", "tiny"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_hard_matrices_come_out_finite_and_no_larger(name: str, dtype: torch.dtype) -> None:
+    sigma = {
+        "equal": np.concatenate([np.full(8, 3.0), np.full(32, 1.0)]),
+        "rank one": np.concatenate([[1.0], np.zeros(39)]),
+        "rank deficient": np.concatenate([np.logspace(0, -1, 5), np.zeros(35)]),
+        "steep": np.logspace(0, -9, 40),
+        "zero": np.zeros(40),
+        "tiny": np.logspace(0, -2, 40) * 1e-30,
+    }[name]
+    x = planted(sigma, 40, 56).to(dtype)
+    result, tau, dominant = flattened(x, 8)
+    assert result.isfinite().all() and tau.isfinite().all() and dominant.isfinite().all()
+    assert float(torch.linalg.matrix_norm(result.double(), 2)) <= 1.0001
+    assert tau.item() > 0.9 * SMALLEST * PLACE * 8 ** (-1 / 8)
+    schedule = dataclasses.replace(widest_schedule(4), deflation=8)
+    update = orthogonalize(x, schedule=schedule)
+    assert update.isfinite().all() and float(torch.linalg.matrix_norm(update.double(), 2)) < 1.4
+    if name != "zero":
+        s, g = gains(x, update)
+        assert np.abs(g - 1)[s > 3e-3].max() < 0.45
+
+
+def test_directions_that_are_flattened_come_out_at_one_and_the_rest_at_its_own_scale() -> None:
+    x = planted(GAP, 60, 100)
+    schedule = dataclasses.replace(widest_schedule(3), deflation=4)
+    s, g = gains(x, orthogonalize(x, schedule=schedule))
+    _, tau, _ = flattened(x, 4)
+    norm = ((s[4:] ** 8).sum() + 4 * float(tau) ** 8) ** 0.125
+    np.testing.assert_allclose(g[4:], image(schedule.steps, s[4:] / norm), rtol=0.03)
+    assert np.abs(g - 1).max() < 0.4
+    assert (np.abs(gains(x, orthogonalize(x, schedule=widest_schedule(3)))[1] - 1) <= 0.3).mean() < 0.5
+
+
+def test_more_directions_than_there_are_and_empty_matrices() -> None:
+    schedule = dataclasses.replace(widest_schedule(3), deflation=40)
+    x = torch.randn(2, 5, 9)
+    result = orthogonalize(x, schedule=schedule)
+    for k in range(2):
+        assert np.abs(gains(x[k], result[k])[1] - 1).max() < 0.31
+    assert orthogonalize(torch.zeros(3, 6, 9), schedule=schedule).abs().max() == 0
+    assert orthogonalize(torch.zeros(0, 6, 9), schedule=schedule).shape == (0, 6, 9)
+    assert orthogonalize(torch.randn(1, 1), schedule=schedule).abs().item() == pytest.approx(1, abs=0.31)
+
+
+def test_a_matrix_comes_out_the_same_whichever_others_are_in_its_batch() -> None:
+    schedule = dataclasses.replace(widest_schedule(3), deflation=5)
+    x = torch.randn(4, 64, 96) * torch.logspace(0, -3, 96)
+    together = orthogonalize(x, schedule=schedule)
+    for k in range(4):
+        assert torch.equal(orthogonalize(x[k : k + 1], schedule=schedule)[0], together[k])
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_slices_are_flattened_like_the_whole(dim: int) -> None:
+    """Sums over the slices, taken here by hand: the passes and the Gram matrix of the directions, in this order."""
+    x = planted(falling(30, 2.0, (9.0, 5.0)), *((30, 50) if dim else (50, 30)))
+    x = x / x.norm()
+    whole = x.clone().unsqueeze(0)
+    tau = flatten_dominant(whole, 3, tall=not dim)
+    sums: list[torch.Tensor] = []
+    for rank in range(2):  # the first process's sums are known only once the second has been asked: two rounds for each
+        assert rank < 2
+    parts = [p.unsqueeze(0) for p in x.tensor_split((20,), dim=dim)]
+
+    def partial(known: list[torch.Tensor], part: torch.Tensor) -> list[torch.Tensor]:
+        """What a process would add up, given the sums so far."""
+        asked: list[torch.Tensor] = []
+
+        class Enough(Exception):
+            pass
+
+        def add_up(tensor: torch.Tensor) -> None:
+            asked.append(tensor.clone())
+            if len(asked) > len(known):
+                raise Enough
+            tensor.copy_(known[len(asked) - 1])
+
+        try:
+            flatten_dominant(part.clone(), 3, tall=not dim, add_up=add_up)
+        except Enough:
+            return asked
+        return []
+
+    while (each := [partial(sums, part) for part in parts])[0]:
+        sums.append(each[0][-1] + each[1][-1])
+    assert [tuple(t.shape) for t in sums] == [(1, 30, 3), (1, 30, 3), (1, 3, 3)]
+    results = []
+    for part in parts:
+        given = iter(sums)
+        mine = part.clone()
+        taus = flatten_dominant(mine, 3, tall=not dim, add_up=lambda t, given=given: t.copy_(next(given)))
+        torch.testing.assert_close(taus, tau, rtol=1e-10, atol=0)
+        results.append(mine)
+    torch.testing.assert_close(torch.cat(results, dim=dim + 1), whole, rtol=0, atol=1e-12)
+
+
+def test_flops_count_the_products_of_deflation() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        orthogonalize(torch.randn(64, 128), schedule=dataclasses.replace(widest_schedule(3), deflation=4))
+    uncounted = 2 * 64 * 128 * 4  # the counter doesn't know an in-place product
+    assert counter.get_total_flops() + uncounted == pytest.approx(flops(64, 128, 3, deflation=4), abs=6 * 4**3 + 1)
+
+
+def test_flattening_in_bf16_is_as_exact_as_in_fp32() -> None:
+    """What is left is rounded at its own scale, not at that of the dominant direction."""
+    sigma = np.concatenate([[0.99], falling(99, 1.0) * 0.01])
+    x = planted(sigma, 100, 130, dtype=torch.float32)
+    schedule = dataclasses.replace(widest_schedule(3), deflation=2)
+    errors = [np.sqrt(np.mean((gains(x, orthogonalize(x, schedule=schedule, compute_dtype=d))[1] - 1) ** 2)) for d in ("fp32", "bf16")]
+    assert errors[1] == pytest.approx(errors[0], abs=0.01) and errors[0] < 0.25
+    assert np.abs(gains(x, orthogonalize(x, schedule=widest_schedule(3), compute_dtype="bf16"))[1] - 1).mean() > 0.5
