@@ -265,7 +265,7 @@ def test_telemetry_is_written_by_one_rank(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "run" / "spectrum.jsonl").read_text().splitlines()]
     assert lines[0]["type"] == "run" and lines[0]["params"] == 3 * 24 * 24
     measured = read_run(tmp_path / "run")
-    assert Counter(m["name"] for m in measured) == {f"blocks.{k}.attn.o_proj.weight": 3 for k in range(3)}
+    assert Counter(m["name"] for m in measured) == {f"blocks.{k}.attn.o_proj.weight": 3 + (k > 0) for k in range(3)}
     assert {m["kind"] for m in measured} == {"o"} and {m["depth"] for m in measured} == {1 / 3, 2 / 3, 1.0}
     for m in measured:
         assert 1 <= m["ns_steps"] <= 5 and 0 <= m["deflation"] <= 3 and 0 < m["coverage"] <= 1

@@ -154,12 +154,12 @@ def test_decisions_don_t_flicker() -> None:
         assert policy.best([spectrum], WORK, now=best) == best
         costs = {choice: cost for cost, choice in policy.choices(WORK)}
         dearer = [c for c in costs if costs[c] > costs[best] and policy.best([spectrum], WORK, now=c) == c]
-        quality = policy._quality([spectrum], None)
+        quality = policy._quality([spectrum], WORK, None)
         for c in dearer:  # what is kept is hardly dearer, or the cheaper one is hardly good enough
             assert quality(c) >= 0 and (costs[best] > (1 - HYSTERESIS) * costs[c] or quality(best) < HYSTERESIS)
         far = max(costs, key=lambda c: costs[c])
         assert quality(best) < HYSTERESIS or policy.best([spectrum], WORK, now=far) == best
-    coverages = {k: spectrum.coverage(widest_schedule(k, 0.28))[0] for k in range(2, 8)}
+    coverages = {k: spectrum.coverage(widest_schedule(k, 0.28)) for k in range(2, 8)}
     k = next(k for k, value in coverages.items() if value >= 0.5)
     policy = Policy(coverage=coverages[k] - 0.01, deflation=0)  # reached by k, but by less than the hysteresis
     now = Choice(0, k + 1, 0.28)

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -85,7 +86,7 @@ def _functions(steps: tuple[Coefficients, ...]) -> tuple[Array, Array, Array]:
     return f, cells.mean(2), np.einsum("jgp,kgp->jkg", cells, cells).reshape(-1, CELLS) / POINTS
 
 
-# Gains are looked up in a table: a hundred candidates are judged for every measurement
+# Gains are looked up in tables: a hundred schedules are judged for every measurement
 _TABLE = np.linspace(-2.5 * DECADES, 0.0, 8001)
 
 
@@ -94,11 +95,16 @@ def _gain_table(steps: tuple[Coefficients, ...]) -> Array:
     return np.asarray(image(steps, np.exp(_TABLE)))
 
 
-def _gains(steps: tuple[Coefficients, ...], ln_x: Array) -> Array:
-    """What the steps make of exp(ln_x), which is at most 1."""
+@functools.lru_cache(maxsize=256)
+def _gain_tables(each: tuple[tuple[Coefficients, ...], ...]) -> Array:
+    return np.stack([_gain_table(steps) for steps in each])
+
+
+def _places(ln_x: Array) -> Array:
+    """Where exp(ln_x), at most 1, stands in a table."""
     places = (ln_x - _TABLE[0]) * ((len(_TABLE) - 1) / -_TABLE[0]) + 0.5
-    gains: Array = _gain_table(steps)[np.clip(places, 0, len(_TABLE) - 1).astype(np.intp)]
-    return gains
+    clipped: Array = np.minimum(np.maximum(places, 0), len(_TABLE) - 1).astype(np.intp)
+    return clipped
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,45 +184,58 @@ class Spectrum:
         left, ln_tau = self._flattened(count)
         return float(left @ np.exp(power * ln_sigma) + count * math.exp(power * ln_tau)) ** (1 / power)
 
-    def _outcomes(self, schedule: Schedule) -> list[tuple[Array, float]]:
-        """What the schedule may make of the directions at each place of `_from_the_top`, and of those that it flattens first."""
-        count = min(schedule.deflation, self.rank)
-        ln_norm, ln_tau = math.log(self._norm(schedule.normalisation, count)), self._flattened(count)[1]
-        norms = [ln_norm] if count in (0, len(self.dominant)) else [ln_norm, ln_norm + math.log(LEAK)]
-        return [
-            (_gains(schedule.steps, self._from_the_top[0] - norm), float(_gains(schedule.steps, np.array(ln_tau - norm)))) for norm in norms
-        ]
-
-    def coverage(
-        self, schedule: Schedule, *, tol: float = TOLERANCE, floor: float = NOISE_FLOOR, below: float | None = None
-    ) -> tuple[float, float]:
-        """The share of directions above the noise floor that `schedule` brings into [1 − tol, 1 + tol], and its deviation.
-
-        `below` is the share of directions under the floor, where that is known from a measurement that reached it.
+    def _outcomes(self, schedules: Sequence[Schedule]) -> Iterator[tuple[Array, Array]]:
+        """What schedules of one deflation and normalisation may make of the directions at each place of `_from_the_top`, (n, places), and
+        of those that they flatten first, (n,).
         """
-        count = min(schedule.deflation, self.rank)
-        left = self._flattened(count)[0]
+        count, normalisation = min(schedules[0].deflation, self.rank), schedules[0].normalisation
+        tables = _gain_tables(tuple(s.steps for s in schedules))
+        ln_norm, ln_tau = math.log(self._norm(normalisation, count)), self._flattened(count)[1]
+        for leak in (0.0,) if count in (0, len(self.dominant)) else (0.0, math.log(LEAK)):
+            places = _places(np.append(self._from_the_top[0], ln_tau) - ln_norm - leak)
+            gains = tables[:, places]
+            yield gains[:, :-1], gains[:, -1]
+
+    def coverages(
+        self, schedules: Sequence[Schedule], *, tol: float = TOLERANCE, floor: float = NOISE_FLOOR, below: float | None = None
+    ) -> Array:
+        """The share of directions above the noise floor that each schedule brings into [1 − tol, 1 + tol], (n,).
+
+        Args:
+            schedules: of one deflation and normalisation.
+            below: the share of directions under the floor, where that is known from a measurement that reached it.
+        """
+        count = min(schedules[0].deflation, self.rank)
+        counts = self._above(floor, count)
         share = self.share_below(floor) if below is None else below
         counted = max(self.rank * (1 - share), 1e-9)
-        found = []
-        for gains, flattened in self._outcomes(schedule):
-            inside = ((np.abs(gains - 1) <= tol) & (self._from_the_top[0] >= math.log(floor))).astype(float)
-            value = (count * (abs(flattened - 1) <= tol) + float(inside @ left)) / counted
-            points = inside[len(self.dominant) :][::-1]
-            found.append((min(value, 1.0), float(np.linalg.norm(points @ self.root)) / counted))
-        return min(found)
+        found = [(np.abs(gains - 1) <= tol) @ counts + count * (np.abs(flat - 1) <= tol) for gains, flat in self._outcomes(schedules)]
+        covered: Array = np.minimum(np.min(found, axis=0) / counted, 1.0)
+        return covered
 
-    def error(self, schedule: Schedule, *, floor: float = NOISE_FLOOR, below: float | None = None) -> float:
-        """How far from UVᵀ `schedule` leaves the matrix: the root mean square of (gain − 1) over the directions above the noise floor.
+    def errors(self, schedules: Sequence[Schedule], *, floor: float = NOISE_FLOOR, below: float | None = None) -> Array:
+        """How far from UVᵀ each schedule leaves the matrix: the root mean square of (gain − 1) over the directions above the floor, (n,).
 
-        `below` as in `coverage`. Directions that the measurement doesn't resolve count as if they were where its fit puts them.
+        Arguments as in `coverages`. Directions that the measurement doesn't resolve count as if they were where its fit puts them.
         """
-        count = min(schedule.deflation, self.rank)
-        left = self._flattened(count)[0]
-        counts = np.where(self._from_the_top[0] >= math.log(floor), left, 0.0)
+        count = min(schedules[0].deflation, self.rank)
+        counts = self._above(floor, count)
         total = max(self.rank * (1 - below) if below is not None else count + float(counts.sum()), 1e-9)
-        squares = [float(counts @ np.square(gains - 1)) + count * (flattened - 1) ** 2 for gains, flattened in self._outcomes(schedule)]
-        return math.sqrt(max(squares) / total)
+        found = [np.square(gains - 1) @ counts + count * np.square(flat - 1) for gains, flat in self._outcomes(schedules)]
+        errors: Array = np.sqrt(np.max(found, axis=0) / total)
+        return errors
+
+    def _above(self, floor: float, count: int) -> Array:
+        """How many directions above the floor are at each place of `_from_the_top`, once `count` are flattened."""
+        return np.where(self._from_the_top[0] >= math.log(floor), self._flattened(count)[0], 0.0)
+
+    def coverage(self, schedule: Schedule, **options: Any) -> float:
+        """As `coverages`, of one schedule."""
+        return float(self.coverages([schedule], **options)[0])
+
+    def error(self, schedule: Schedule, **options: Any) -> float:
+        """As `errors`, of one schedule."""
+        return float(self.errors([schedule], **options)[0])
 
 
 def spectrum_from_quantiles(quantiles: Mapping[float, float], rank: int) -> Spectrum:

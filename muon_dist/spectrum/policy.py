@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -168,7 +169,7 @@ class Policy:
         not exceed.
         """
         allowed = [(cost, choice) for cost, choice in self.choices(work) if most is None or cost <= most] or list(self.choices(work)[:1])
-        quality = self._quality(spectra, below)
+        quality = self._quality(spectra, work, below)
         worth: dict[Choice, float] = {}
         for cost, choice in allowed:
             worth[choice] = quality(choice)
@@ -183,24 +184,26 @@ class Policy:
         enough = reached - (WORTHWHILE if self.reference is None else 0.0)
         return next(choice for _, choice in allowed if worth[choice] >= enough)
 
-    def _quality(self, spectra: Sequence[Spectrum], below: float | None) -> Callable[[Choice], float]:
+    def _quality(self, spectra: Sequence[Spectrum], work: Work, below: float | None) -> Callable[[Choice], float]:
         """What tells by how much a choice does better than is asked for: a share of the error, or of the directions."""
-        reference = self.reference
-        if reference is None:
-            coverage = self.coverage
-            assert coverage is not None
+        known: dict[Choice, float] = {}
 
-            def covers(choice: Choice) -> float:
-                return min(s.coverage(self.schedule(choice), tol=self.band, floor=self.floor, below=below)[0] for s in spectra) - coverage
+        def quality(choice: Choice) -> float:
+            if choice not in known:  # with all that deflate as much, which together cost little more
+                alike = [c for _, c in self.choices(work) if (c.deflation, c.tol == 0) == (choice.deflation, choice.tol == 0)] or [choice]
+                known.update(zip(alike, np.min([worth(s, alike) for s in spectra], axis=0).tolist(), strict=True))
+            return known[choice]
 
-            return covers
-        targets = [s.error(reference, floor=self.floor) for s in spectra]
+        def worth(spectrum: Spectrum, alike: Sequence[Choice]) -> np.ndarray:
+            schedules = [self.schedule(c) for c in alike]
+            if self.reference is None:
+                result: np.ndarray = spectrum.coverages(schedules, tol=self.band, floor=self.floor, below=below) - (self.coverage or 0.0)
+            else:
+                target = spectrum.error(self.reference, floor=self.floor)
+                result = 1 - spectrum.errors(schedules, floor=self.floor) / max(target, 1e-9)
+            return result
 
-        def nears(choice: Choice) -> float:
-            errors = [s.error(self.schedule(choice), floor=self.floor) for s in spectra]
-            return min(1 - error / max(target, 1e-9) for error, target in zip(errors, targets, strict=True))
-
-        return nears
+        return quality
 
     def decide(self, spectrum: Spectrum, work: Work, before: Decision, *, reaches_floor: bool) -> Decision:
         """What a measured spectrum makes of the decision before."""
@@ -217,7 +220,7 @@ class Policy:
             measurements=measurements,
             error=spectrum.error(self.schedule(choice), floor=self.floor, below=known),
             error_of_five=spectrum.error(FIVE, floor=self.floor, below=known),
-            coverage=spectrum.coverage(self.schedule(choice), tol=self.band, floor=self.floor, below=known)[0],
+            coverage=spectrum.coverage(self.schedule(choice), tol=self.band, floor=self.floor, below=known),
             below=below,
             quantiles=tuple(math.nan if (s := spectrum.quantile(q)) is None else s for q in QUANTILES),
         )
