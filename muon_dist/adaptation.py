@@ -29,7 +29,7 @@ from .spectrum.moments import spectrum_from_moments
 from .spectrum.policy import Policy, Work
 from .spectrum.record import Choice, Decision, blank_rows, read_rows
 from .spectrum.scaling_law import relative_depths
-from .spectrum.timetable import are_due
+from .spectrum.timetable import are_due, turn_of
 
 if TYPE_CHECKING:
     from .binding import BoundParameter
@@ -103,7 +103,13 @@ class Adaptation:
             self.take_over(b, state[b.parameter])
         self._share_priors()
         self._row_of = {matrix: row for row, matrix in enumerate(self._matrices)}
-        self._numbers = np.arange(first)
+        names = (
+            f"{b.name or position}/{part}"
+            for position, b in enumerate(parameters)
+            if b in self._adapting
+            for part, _ in enumerate(b.matrices)
+        )
+        self._turns = np.array([turn_of(name) for name in names])
         self._every = np.array([p.measure_every for p in self._policies], np.int64)
         self._burn_in = np.array([p.burn_in for p in self._policies], np.int64)
         at = 0
@@ -186,7 +192,7 @@ class Adaptation:
         self._receive(taken)
         decided = self._put_in_force(taken)
         self._decide(taken)
-        due = are_due(taken, self._numbers, len(self.rows), self._every, self._burn_in)
+        due = are_due(taken, self._turns, self._every, self._burn_in)
         due &= (self.rows[:, columns.MEASURED_AT] < 0) & (self.rows[:, columns.DECIDED_AT] < 0)
         for row in np.flatnonzero(due).tolist():
             self.measuring[self._matrices[row]] = self._policies[row].schedule(self._measured_with(row))

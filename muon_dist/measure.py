@@ -135,11 +135,11 @@ def _shard(name: str, placement: Placement, matrix: Matrix, local: Tensor, me: i
     stack = torch.cat([blocks[first].to(dtype) for first in sorted(blocks)]) if blocks else local.new_zeros(0, cols, dtype=dtype)
 
     def forward(v: Tensor) -> Tensor:
-        with own_products(stack.device.type, exact=True):
+        with own_products(stack.device.type, fp32="ieee"):
             return (stack @ v.to(dtype)).double()
 
     def backward(u: Tensor) -> Tensor:
-        with own_products(stack.device.type, exact=True):
+        with own_products(stack.device.type, fp32="ieee"):
             return (stack.mT @ u.to(dtype)).double()
 
     energy = float(torch.linalg.vector_norm(stack, dtype=torch.float64) ** 2)

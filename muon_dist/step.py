@@ -153,7 +153,8 @@ def _orthogonalize_alike(domain: Domain, indices: Sequence[int], batch: Tensor, 
     compute = first.compute_dtype_for(schedule)
     slices = None
     if slicing is not None:
-        slices = Slices(domain.plan.matrices[indices[0]].shape, slicing.dim, domain.exchange.add_up)
+        start, stop = ((bound - slicing.bounds[0]) * slicing.lines for bound in slicing.bounds[domain.me : domain.me + 2])
+        slices = Slices(domain.plan.matrices[indices[0]].shape, slicing.dim, start, stop, domain.exchange.add_up)
     with record_function(f"muon_dist::newton_schulz {'x'.join(map(str, batch.shape))}"):
         result = orthogonalize_batch(
             batch,

@@ -178,10 +178,13 @@ def _lines(domain: Domain, decided: set[int]) -> Iterator[dict[str, Any]]:
 
 def known_at(records: Sequence[dict[str, Any]], steps: Sequence[float]) -> list[list[dict[str, Any]]]:
     """For every step the last measurement of each matrix by then, so that curves are of the same matrices all along."""
-    found, known, rest = [], {}, sorted(records, key=lambda r: r["step"])
+    found: list[list[dict[str, Any]]] = []
+    known: dict[str, dict[str, Any]] = {}
+    rest = sorted(records, key=lambda r: r["step"])
     for step in steps:
         while rest and rest[0]["step"] <= step:
-            known[rest[0]["name"]] = rest.pop(0)
+            record = rest.pop(0)
+            known[record["name"]] = record
         found.append(list(known.values()))
     return found
 

@@ -271,7 +271,7 @@ def test_spectrum_shows_a_run_and_fit_its_law(tmp_path: Path, capsys: pytest.Cap
         trained(tmp_path / str(width), width)
     assert main(["spectrum", str(tmp_path / "24"), "--json", str(tmp_path / "last.json")]) == 0
     text = capsys.readouterr().out
-    assert "blocks.1.up.weight" in text and "the FLOPs of five steps" in text
+    assert "blocks.1.up.weight" in text and "the FLOPs of five Jordan steps" in text
     assert (tmp_path / "24" / "spectrum.png").stat().st_size > 10_000
     assert len(json.loads((tmp_path / "last.json").read_text())) == 4
 
@@ -292,13 +292,19 @@ def test_plan_with_laws_gives_steps_per_layer(tmp_path: Path, capsys: pytest.Cap
     config = str(ROOT / "configs" / "models" / "llama-8b.json")
     assert main(["plan", config, "--dp", "4", "--laws", "--json", str(tmp_path / "plan.json")]) == 0
     text = capsys.readouterr().out
-    assert "falls short" in text and "five fixed steps" in text
+    assert "accuracy jordan5" in text and "the FLOPs of five Jordan steps" in text
     plan = json.loads((tmp_path / "plan.json").read_text())
     last = {r["kind"]: r for r in plan["predicted"] if r["depth"] == 1}
-    assert set(last) == {"q", "k", "v", "o", "up", "down"} and last["down"]["most"] > last["up"]["most"]
-    per_matrix = {m["flops"] for m in plan["matrices"] if m["shape"] == [4096, 4096]}
-    assert len(per_matrix) > 1, "all layers got the same number of steps"
+    assert set(last) == {"q", "k", "v", "o", "up", "down"}
+    assert all(r["error"] <= r["five"] for r in plan["predicted"])
+    assert main(["plan", config, "--dp", "4", "--laws", "--coverage", "0.9", "--json", str(tmp_path / "covered.json")]) == 0
+    assert "coverage 0.9" in capsys.readouterr().out
+    covered = json.loads((tmp_path / "covered.json").read_text())
+    assert sum(m["flops"] for m in covered["matrices"]) > sum(m["flops"] for m in plan["matrices"])
+    per_matrix = {m["flops"] for m in covered["matrices"] if m["shape"] == [4096, 4096]}
+    assert len(per_matrix) > 1, "all layers got the same schedule"
     assert main(["plan", config, "--laws", "--coverage", "2"]) == 2 and "coverage" in capsys.readouterr().err
+    assert main(["plan", config, "--laws", "--coverage", "0.9", "--accuracy", "jordan5"]) == 2 and "two ways" in capsys.readouterr().err
 
 
 def test_benches_of_adaptivity_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -306,8 +312,10 @@ def test_benches_of_adaptivity_run(tmp_path: Path, capsys: pytest.CaptureFixture
     save_file({f"m{k}": torch.randn(40, 60) * torch.logspace(0, -k, 40)[:, None] for k in range(3)}, data)
     assert main(["bench", "adaptive", "--data", data, "--coverage", "0.9", "--threads", "1", "--json", str(tmp_path / "a.json")]) == 0
     found = {r["variant"]: r for r in json.loads((tmp_path / "a.json").read_text())}
-    assert found["five Jordan steps"]["flops"] == 1.0 and len(found) == 8
-    assert found["0.9: generated, Schatten-8"]["lowest"] >= 0.85
+    five, chosen = found["five Jordan steps"], found["accuracy jordan5"]
+    assert five["flops"] == five["largest_over_five"] == 1.0 and len(found) == 5
+    assert chosen["flops_of_the_form"] <= five["flops_of_the_form"] and chosen["largest_over_five"] <= 1.1
+    assert found["coverage 0.9, without deflation"]["lowest"] >= 0.85
     assert main(["bench", "spectrum", "--data", data, "--threads", "1"]) == 0
     assert "Golub–Kahan, 24 iterations" in capsys.readouterr().out
     small = ["--horizons", "4", "8", "--betas", "1.5", "--threads", "1", "--picture", str(tmp_path / "p.png")]
@@ -334,9 +342,18 @@ def test_benches_of_adaptivity_run(tmp_path: Path, capsys: pytest.CaptureFixture
         == 0
     )
     assert (tmp_path / "ladder" / "width-32" / "spectrum.jsonl").exists()
-    small = ["--steps", "3", "--seeds", "1", "--width", "16", "--layers", "1", "--batch", "2", "--context", "16"]
-    assert main(["bench", "training", *small, "--threads", "1"]) == 0
-    assert "exact polar factor" in capsys.readouterr().out
+    small = ["--steps", "3", "--seeds", "0", "1", "--width", "16", "24", "--layers", "1", "--batch", "2", "--context", "16", "--lr", "0.01"]
+    small += ["--variants", "five Jordan steps", "accuracy jordan5", "AdamW", "--threads", "1", "--results", str(tmp_path / "runs.jsonl")]
+    assert main(["bench", "training", *small]) == 0
+    text = capsys.readouterr().out
+    assert "accuracy jordan5" in text and "width 24" in text
+    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert len(runs) == 2 * 3 * 2 and all(r["flops"] == 1.0 for r in runs if r["variant"] == "five Jordan steps")
+    assert all(r["flops"] < 1.0 and 0.2 < r["rms"] < 1.3 for r in runs if r["variant"] == "accuracy jordan5")
+    assert main(["bench", "training", *small, "--equal-rms"]) == 0  # what was run is not run again
+    again = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert again[: len(runs)] == runs and [r["equal_rms"] for r in again[len(runs) :]] == [True] * 4
+    capsys.readouterr()
     assert main(["bench", "overhead", "--width", "16", "--layers", "1", "--cycles", "1", "--threads", "1"]) == 0
     assert "bytes per measurement" in capsys.readouterr().out
     assert main(["bench", "adaptive", "--data", str(tmp_path / "none.safetensors"), "--threads", "1"]) == 2

@@ -42,7 +42,7 @@ def test_every_argument_of_the_optimizer_is_taken(key: str) -> None:
     [
         ({"momentun": 0.9}, 'does not take "momentun": did you mean "momentum"'),
         ({"ns_step": 5}, 'did you mean "ns_steps"'),
-        ({"warp": 5}, "it takes adam_betas, "),
+        ({"warp": 5}, "it takes accuracy, adam_betas, "),
         ({"ns_method": "gram"}, 'does not take "ns_method": it chooses a code path'),
         ({"nonfinite": "raise"}, "DeepSpeed decides which steps are left out"),
         ({"layouts": {}}, "DeepSpeed tells where pieces lie"),

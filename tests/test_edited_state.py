@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from muon_dist import MuonDist
+from muon_dist.spectrum.record import MEASUREMENTS, TAKEN
 
 ADAPTIVE = {"lr": 0.02, "burn_in": 2, "measure_every": 2}
 
@@ -59,7 +60,7 @@ def test_state_that_a_host_replaces_after_every_step_is_what_is_saved(change: Ca
     train(model, optimizer, range(9), between)
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     rows = [entry["spectrum"] for entry in saved[1]["state"].values() if "spectrum" in entry]
-    assert [int(row[0, 0]) for row in rows] == [9, 9] and any(int(row[0, 2]) > 0 for row in rows)  # steps taken, and measured
+    assert [int(row[0, TAKEN]) for row in rows] == [9, 9] and all(int(row[0, MEASUREMENTS]) > 0 for row in rows)
     end = train(model, optimizer, range(9, 18), between)
     resumed, theirs = made()
     resumed.load_state_dict(saved[0])
@@ -75,7 +76,7 @@ def test_spectra_that_a_host_has_moved_or_cast_come_back() -> None:
     entry = optimizer.state[model[0].weight]
     entry["spectrum"] = entry["spectrum"].to(torch.float32)
     train(model, optimizer, range(6, 8))
-    assert entry["spectrum"].dtype == torch.float64 and int(entry["spectrum"][0, 0]) == 8
+    assert entry["spectrum"].dtype == torch.float64 and int(entry["spectrum"][0, TAKEN]) == 8
 
 
 @pytest.mark.parametrize("options", [{"ns_steps": 5}, {}], ids=["five", "adaptive"])
@@ -286,7 +287,7 @@ def test_a_gradient_that_is_infinite_in_the_dtype_it_is_used_in_skips_the_step(
 def test_telemetry_that_cannot_be_written_does_not_end_training(tmp_path: Path) -> None:
     folder = tmp_path / "spectra"
     model, optimizer = made(telemetry_dir=folder)
-    train(model, optimizer, range(5))
+    train(model, optimizer, range(7))
     assert list(folder.glob("*.jsonl"))
     for path in folder.glob("*"):
         path.unlink()
@@ -294,5 +295,5 @@ def test_telemetry_that_cannot_be_written_does_not_end_training(tmp_path: Path) 
     folder.write_text("a file where the folder was")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        train(model, optimizer, range(5, 15))
+        train(model, optimizer, range(7, 25))
     assert [str(w.message).split(",")[0] for w in told] == ["telemetry could not be written"]

@@ -8,7 +8,7 @@ import torch
 
 from muon_dist import orthogonalize
 from muon_dist.polar.cost import flops
-from muon_dist.polar.flattening import PLACE, SMALLEST, dominant_ranks, flatten_dominant
+from muon_dist.polar.flattening import PLACE, SMALLEST, Part, dominant_ranks, flatten_dominant
 from muon_dist.polar.polynomials import image, widest_schedule
 
 from .test_spectrum import falling, gains, planted
@@ -104,48 +104,47 @@ def test_a_matrix_comes_out_the_same_whichever_others_are_in_its_batch() -> None
         assert torch.equal(orthogonalize(x[k : k + 1], schedule=schedule)[0], together[k])
 
 
-@pytest.mark.parametrize("dim", [0, 1])
-def test_slices_are_flattened_like_the_whole(dim: int) -> None:
-    """Sums over the slices, taken here by hand: the passes and the Gram matrix of the directions, in this order."""
-    x = planted(falling(30, 2.0, (9.0, 5.0)), *((30, 50) if dim else (50, 30)))
-    x = x / x.norm()
-    whole = x.clone().unsqueeze(0)
-    tau = flatten_dominant(whole, 3, tall=not dim)
+@pytest.mark.parametrize(("shape", "dim"), [((30, 50), 1), ((50, 30), 0), ((40, 40), 0), ((40, 40), 1)])
+def test_parts_are_flattened_like_the_whole(shape: tuple[int, int], dim: int) -> None:
+    """Sums over the parts are taken here by hand: a process is asked again and again, each time with one more sum that it knows."""
+    x = planted(falling(min(shape), 2.0, (9.0, 5.0)), *shape)
+    x, tall = x / x.norm(), shape[0] > shape[1]
+    whole, known = x.clone().unsqueeze(0), torch.zeros(1, 8, dtype=torch.float64)
+    tau = flatten_dominant(whole, 3, tall=tall, dominant=known)
+    square = shape[0] == shape[1] and dim == 0
+    rows = [(0, 15), (15, shape[0])] if square else [None, None]
+    parts = [part.unsqueeze(0) for part in x.tensor_split((15,), dim=dim)]
     sums: list[torch.Tensor] = []
-    for rank in range(2):  # the first process's sums are known only once the second has been asked: two rounds for each
-        assert rank < 2
-    parts = [p.unsqueeze(0) for p in x.tensor_split((20,), dim=dim)]
 
-    def partial(known: list[torch.Tensor], part: torch.Tensor) -> list[torch.Tensor]:
-        """What a process would add up, given the sums so far."""
-        asked: list[torch.Tensor] = []
+    class Enough(Exception):
+        pass
 
-        class Enough(Exception):
-            pass
+    def asked(part: torch.Tensor, held: tuple[int, int] | None) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """What a process would add up next, given the sums so far; or None, and its part flattened."""
+        counted: list[torch.Tensor] = []
 
         def add_up(tensor: torch.Tensor) -> None:
-            asked.append(tensor.clone())
-            if len(asked) > len(known):
+            counted.append(tensor.clone())
+            if len(counted) > len(sums):
                 raise Enough
-            tensor.copy_(known[len(asked) - 1])
+            tensor.copy_(sums[len(counted) - 1])
 
+        mine, dominant = part.clone(), torch.zeros(1, 8, dtype=torch.float64)
         try:
-            flatten_dominant(part.clone(), 3, tall=not dim, add_up=add_up)
+            torch.testing.assert_close(
+                flatten_dominant(mine, 3, tall=tall, part=Part(held, add_up), dominant=dominant), tau, rtol=1e-10, atol=0
+            )
+            torch.testing.assert_close(dominant, known, rtol=1e-9, atol=0)
         except Enough:
-            return asked
-        return []
+            return counted[-1], mine
+        return None, mine
 
-    while (each := [partial(sums, part) for part in parts])[0]:
-        sums.append(each[0][-1] + each[1][-1])
-    assert [tuple(t.shape) for t in sums] == [(1, 30, 3), (1, 30, 3), (1, 3, 3)]
-    results = []
-    for part in parts:
-        given = iter(sums)
-        mine = part.clone()
-        taus = flatten_dominant(mine, 3, tall=not dim, add_up=lambda t, given=given: t.copy_(next(given)))
-        torch.testing.assert_close(taus, tau, rtol=1e-10, atol=0)
-        results.append(mine)
-    torch.testing.assert_close(torch.cat(results, dim=dim + 1), whole, rtol=0, atol=1e-12)
+    while (each := [asked(part, held) for part, held in zip(parts, rows, strict=True)])[0][0] is not None:
+        sums.append(sum(told for told, _ in each))  # type: ignore[arg-type, misc]
+    torch.testing.assert_close(torch.cat([mine for _, mine in each], dim=dim + 1), whole, rtol=0, atol=1e-12)
+    m, n = min(shape), max(shape)
+    over_columns, over_rows = [(m, 3), (m, 3), (3, 3)], [(n, 3), (3, 3), (n, 3), (3, 3), (3, n)]
+    assert [tuple(t.shape[1:]) for t in sums] == (over_rows if square else over_columns)
 
 
 def test_flops_count_the_products_of_deflation() -> None:

@@ -1,5 +1,6 @@
 """The Triton kernel for symmetric products: run in Triton's interpreter, compiled for GPUs that aren't there, and used by the optimizer."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -116,13 +117,16 @@ def test_offsets_beyond_two_to_the_31_are_of_64_bits() -> None:
     assert torch.equal(again, near)
 
 
+SCHEDULES = [schedule_for("jordan", 5), minimax_schedule(1e-3, 5), dataclasses.replace(minimax_schedule(1e-3, 5), deflation=3)]
+
+
 @pytest.mark.parametrize("shape", [(40, 96), (96, 40), (24, 24)])
-@pytest.mark.parametrize("schedule", [schedule_for("jordan", 5), minimax_schedule(1e-3, 5)], ids=["jordan", "minimax"])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["jordan", "minimax", "deflated"])
 def test_newton_schulz_with_the_kernel_is_newton_schulz(schedule: Any, shape: tuple[int, int], grids: list[tuple[int, int]]) -> None:
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
     found = []
     for products in (SymmetricProducts("cuda"), SymmetricProducts("cuda", 1)):  # segments are those of a GPU both times
-        moments = torch.zeros(2, moment_count(len(schedule)), dtype=torch.float64)
+        moments = torch.zeros(2, moment_count(len(schedule), schedule.deflation), dtype=torch.float64)
         result = orthogonalize_batch(x.clone(), schedule, compute_dtype=torch.float32, moments=moments, products=products)
         found.append((result, moments))
         assert bool(grids) == (products.kernels_from is not None)

@@ -15,7 +15,7 @@ from muon_dist.spectrum import record
 from muon_dist.spectrum.moments import QUANTILES, spectrum_from_moments, spectrum_from_quantiles
 from muon_dist.spectrum.policy import ACCURACIES, FIVE, HYSTERESIS, Policy, Work
 from muon_dist.spectrum.record import Choice, Decision, blank_rows, read_rows
-from muon_dist.spectrum.timetable import are_due
+from muon_dist.spectrum.timetable import are_due, turn_of
 
 from .test_spectrum import SPECTRA, falling, gains, planted
 
@@ -206,26 +206,33 @@ def test_a_measurement_shows_what_the_next_decision_needs() -> None:
 # --------------------------------------------------------------------------------------------------------------- timetable
 
 
-def due_steps(count: int, every: int, burn_in: int, steps: int) -> list[list[int]]:
+def due_steps(turns: list[float], every: int, burn_in: int, steps: int) -> list[list[int]]:
     """At which steps each matrix is measured."""
+    count = len(turns)
     full = [np.full(count, v) for v in (every, burn_in)]
     found: list[list[int]] = [[] for _ in range(count)]
     for step in range(steps):
-        for matrix in np.flatnonzero(are_due(np.full(count, step), np.arange(count), count, *full)).tolist():
+        for matrix in np.flatnonzero(are_due(np.full(count, step), np.array(turns), *full)).tolist():
             found[matrix].append(step)
     return found
 
 
 def test_matrices_are_measured_often_at_first_and_then_once_in_a_period() -> None:
-    (alone,) = due_steps(1, 50, 0, 260)
+    (alone,) = due_steps([0.0], 50, 0, 260)
     assert alone == [0, 1, 3, 7, 15, 31, 49, 99, 149, 199, 249]  # the steps 1, 2, 4, 8, 16, 32, and then every 50
-    (late,) = due_steps(1, 50, 10, 120)
+    (late,) = due_steps([0.0], 50, 10, 120)
     assert late == [10 + s for s in (0, 1, 3, 7, 15, 31, 49, 99)]
-    many = due_steps(100, 50, 0, 400)
+    many = due_steps([k / 100 for k in range(100)], 50, 0, 400)
     assert all(12 <= len(each) <= 14 for each in many)
     at = np.bincount(np.concatenate(many), minlength=400)
     assert at[0] == 100 and set(at[1:3]) == {50} and set(at[3:7]) == {25} and max(at[7:15]) <= 13
-    assert max(at[100:]) <= 2  # a period's measurements are spread over it
+    assert max(at[100:]) <= 3  # a period's measurements are spread over it
+
+
+def test_turns_are_told_by_names_and_spread() -> None:
+    turns = sorted(turn_of(f"model.layers.{k}.{kind}.weight/0") for k in range(40) for kind in ("q_proj", "up_proj", "down_proj"))
+    assert 0 <= turns[0] < 0.05 and 0.95 < turns[-1] < 1 and max(b - a for a, b in itertools.pairwise(turns)) < 0.06
+    assert turn_of("layers.0.up/0") == turn_of("layers.0.up/0") != turn_of("layers.0.up/1")
 
 
 # ------------------------------------------------------------------------------------------------------------------ record

@@ -65,9 +65,16 @@ def test_a_run_whose_ranks_are_killed_again_and_again_is_the_uninterrupted_one(k
 MORE = pytest.mark.more("repeat")
 
 
+# In these first steps spectra are steep, and deflated steps amplify rounding of 1e-7 up to three hundredfold; five steps fiftyfold
+FIXED, ADAPTIVE = (["--ns-steps", "5"], 2e-5), ([], 5e-4)
+
+
+@pytest.mark.parametrize(("more", "bound"), [FIXED, ADAPTIVE], ids=["five", "adaptive"])
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=MORE), 2, pytest.param(4, marks=MORE)])
-def test_a_run_resumed_at_another_world_size_is_the_uninterrupted_one_to_fp32_rounding(ranks: int, tmp_path: Path) -> None:
-    flags = [*SMALL, "--steps", "12", "--save-every", "6", "--keep", "3"]
+def test_a_run_resumed_at_another_world_size_is_the_uninterrupted_one_to_fp32_rounding(
+    ranks: int, more: list[str], bound: float, tmp_path: Path
+) -> None:
+    flags = [*SMALL, "--steps", "12", "--save-every", "6", "--keep", "3", *more]
     whole, out = tmp_path / "whole", tmp_path / "resumed"
     train(3, flags, whole)
     out.mkdir()
@@ -81,7 +88,7 @@ def test_a_run_resumed_at_another_world_size_is_the_uninterrupted_one_to_fp32_ro
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         if value.is_floating_point() and "spectrum" not in name:
-            assert (ours[name] - value).norm() <= 2e-5 * value.norm(), name
+            assert (ours[name] - value).norm() <= bound * value.norm(), name
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=MORE)])
@@ -195,7 +202,7 @@ def test_flags_that_changed_since_the_checkpoint_count(tmp_path: Path) -> None:
     out = tmp_path / "out"
     train(2, [*SMALL, "--steps", "2"], out)
     job = train(2, [*SMALL, "--steps", "3", "--weight-decay", "0.3", "--coverage", "0.8", "--ns-steps", "adaptive", "--lr", "0.01"], out)
-    for words in ("--weight-decay changed from 0.1 to 0.3", "--coverage changed from 0.9 to 0.8", "--lr changed from 0.004 to 0.01"):
+    for words in ("--weight-decay changed from 0.1 to 0.3", "--coverage changed from None to 0.8", "--lr changed from 0.004 to 0.01"):
         assert f"since the checkpoint {words}" in job.text()
     dcp_to_torch_save(out / "checkpoints" / "step-00000003", tmp_path / "state.pt")
     groups = torch.load(tmp_path / "state.pt", weights_only=False)["optimizer"]["param_groups"]

@@ -93,13 +93,14 @@ def test_steps_that_were_done_again_replace_those_before(tmp_path: Path) -> None
     assert read_log(str(tmp_path)).state() == "failed: rank 1 was lost"
 
 
-def test_watch_shows_loss_share_coverage_and_steps(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_watch_shows_loss_share_error_and_steps(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", str(runs / "muon")]) == 0
     text = capsys.readouterr().out
     log = read_log(str(runs / "muon"))
     assert text.startswith("muon: finished\n") and "step 20 of 20" in text and f"loss {log.steps[-1]['loss']:.4f}" in text
     assert "3 rank(s) on 1 host(s)" in text and "resumed 1 time(s)" in text and "0 step(s) skipped" in text
-    assert f"{log.flops_over_five():.2f}× the FLOPs of five, coverage {log.mean_coverage():.2f}" in text
+    assert f"{log.flops_over_five():.2f}× the FLOPs of five Jordan steps" in text and f"coverage {log.mean_coverage():.2f}" in text
+    assert f"error {log.mean_errors()[0]:.4g}, of five Jordan steps {log.mean_errors()[1]:.4g}" in text
     assert "last checkpoint: after step 20" in text and "of which the optimizer takes" in text
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line[:2] in ("q ", "k ", "v ", "o ", "up", "do")}
     assert set(rows) == {"q", "k", "v", "o", "up", "down"} and all(row[1] == "2" for row in rows.values())

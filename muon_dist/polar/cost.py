@@ -11,7 +11,7 @@ import functools
 
 import torch
 
-from .flattening import flattening_flops
+from .flattening import PASSES, flattening_flops
 from .forms import cheapest_segments
 from .polynomials import Coefficients, Schedule
 from .products import SymmetricProducts
@@ -21,6 +21,10 @@ from .restarts import single_steps
 # fp32 on a CPU core (measured: 90 GFLOP/s, 10 GB/s), of bf16 on an H100 (data sheet: 990 TFLOP/s, 3.35 TB/s).
 OPERATIONS_PER_ELEMENT = {"cpu": 64, "cuda": 1024}
 
+# (kind of device, bytes of the compute dtype) -> how many of its operations take as long as one of deflation, with the matrix and in fp64:
+# on CUDA half precision, TF32 and fp64 by an H100's data sheet (990, 495 and 67 TFLOP/s), on a CPU by the width of its vectors
+AS_LONG_AS = {("cpu", 4): (1, 2), ("cpu", 8): (1, 1), ("cuda", 2): (2, 15), ("cuda", 4): (1, 1), ("cuda", 8): (1, 1)}
+
 
 def flops(rows: int, cols: int, steps: int, *, deflation: int = 0) -> int:
     """Floating-point operations of `steps` quintic steps on a rows × cols matrix in the direct form: k(4m²n + 2m³), m = min(rows, cols).
@@ -28,14 +32,22 @@ def flops(rows: int, cols: int, steps: int, *, deflation: int = 0) -> int:
     With those of deflation; passes over single matrices are left out.
     """
     m, n = min(rows, cols), max(rows, cols)
-    return steps * (4 * m * m * n + 2 * m**3) + flattening_flops(m, n, deflation)
+    return steps * (4 * m * m * n + 2 * m**3) + sum(flattening_flops(m, n, deflation))
 
 
 def flops_of(rows: int, cols: int, schedule: Schedule, compute_dtype: torch.dtype, products: SymmetricProducts) -> int:
     """What `orthogonalize_batch` takes for one matrix: of the form that is chosen, with half-computed symmetric products."""
     m, n = min(rows, cols), max(rows, cols)
     segments = segments_of(schedule.steps, rows, cols, compute_dtype, products)
-    return sum(segment_flops(m, n, length, compute_dtype, products) for length in segments) + flattening_flops(m, n, schedule.deflation)
+    steps = sum(segment_flops(m, n, length, compute_dtype, products) for length in segments)
+    return steps + deflation_flops(m, n, schedule.deflation, compute_dtype, products)
+
+
+def deflation_flops(m: int, n: int, deflation: int, compute_dtype: torch.dtype, products: SymmetricProducts) -> int:
+    """Of `flatten_dominant`, in operations of the compute dtype that take as long."""
+    with_matrix, precise = flattening_flops(m, n, deflation)
+    of_matrix, of_precise = AS_LONG_AS.get((products.device_type, compute_dtype.itemsize), (1, 1))
+    return of_matrix * with_matrix + of_precise * precise
 
 
 def segment_flops(m: int, n: int, length: int, compute_dtype: torch.dtype, products: SymmetricProducts) -> int:
@@ -53,13 +65,16 @@ def sliced_flops_of(
     """What every process takes where each holds a slice of a matrix along its longer side (`newton_schulz.Slices`).
 
     Returns:
-        Operations on Gram matrices; those per row or column of its slice; and the bytes of Gram matrices that are added up.
+        Operations on Gram matrices; those per row or column of its slice; and the bytes that are added up, of Gram matrices above all.
     """
-    m = min(rows, cols)
+    m, d = min(rows, cols), min(schedule.deflation, rows, cols)
     segments = segments_of(schedule.steps, rows, cols, compute_dtype, products)
     alone = sum(segment_flops(m, 0, length, compute_dtype, products) for length in segments)
     each = sum(segment_flops(m, 1, length, compute_dtype, products) for length in segments) - alone
-    return alone, each, len(segments) * m * m * max(compute_dtype.itemsize, 4)
+    shared = deflation_flops(m, 0, d, compute_dtype, products)
+    each += deflation_flops(m, 1, d, compute_dtype, products) - shared
+    added_up = PASSES * m * d * max(compute_dtype.itemsize, 4) + 8 * d * d
+    return alone + shared, each, len(segments) * m * m * max(compute_dtype.itemsize, 4) + added_up
 
 
 @functools.lru_cache(maxsize=4096)

@@ -8,6 +8,7 @@ its singular values, but for the d largest, which all lie at τ, half of the sma
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,11 +29,11 @@ _SORTING = 16  # Cholesky iterations: neighbours that are a twentieth apart are 
 PASSES = 2
 
 
-def flattening_flops(rows: int, cols: int, count: int) -> int:
-    """Operations of `flatten_dominant`: its products with the matrix, those with d vectors, and those of d × d matrices."""
+def flattening_flops(rows: int, cols: int, count: int) -> tuple[int, int]:
+    """Operations of `flatten_dominant`: those of products with the matrix, and those in fp64, on d vectors and d × d matrices."""
     m, n = min(rows, cols), max(rows, cols)
     d = min(count, m)
-    return 4 * (PASSES + 1) * m * n * d + 2 * (n + 3 * m) * d**2 + 2 * 4 * len(_ROOT_STEPS) * d**3
+    return 4 * (PASSES + 1) * m * n * d, 2 * (n + 3 * m) * d**2 + 2 * 4 * len(_ROOT_STEPS) * d**3
 
 
 def dominant_ranks(count: int) -> tuple[int, ...]:
@@ -40,9 +41,20 @@ def dominant_ranks(count: int) -> tuple[int, ...]:
     return tuple(round(count ** (k / (DOMINANT - 1))) for k in range(DOMINANT))
 
 
-def flatten_dominant(
-    x: Tensor, count: int, *, tall: bool, add_up: Callable[[Tensor], None] | None = None, dominant: Tensor | None = None
-) -> Tensor:
+@dataclass(frozen=True)
+class Part:
+    """What a process holds of matrices that lie on several.
+
+    Attributes:
+        rows: (start, stop) of its rows, of the wide form, where they are cut; None: its columns are some of all, with all rows.
+        add_up: adds a tensor up over all that hold parts, in place.
+    """
+
+    rows: tuple[int, int] | None
+    add_up: Callable[[Tensor], None]
+
+
+def flatten_dominant(x: Tensor, count: int, *, tall: bool, part: Part | None = None, dominant: Tensor | None = None) -> Tensor:
     """Flatten the `count` dominant directions of each matrix of x, (B, m, n) with ‖·‖_F <= 1, in place; returns τ, (B,) in fp64.
 
     Q comes from a randomised subspace iteration (Halko, Martinsson & Tropp, arXiv 0909.4061), made orthonormal by a Cholesky factor of
@@ -50,24 +62,37 @@ def flatten_dominant(
     waits for.
 
     Args:
-        x: fp32 or fp64. Of matrices of which a process holds a slice along the longer side, that slice.
+        x: fp32 or fp64; of matrices that lie on several processes, this one's part.
         count: d, at most min(m, n) of the whole matrix.
-        tall: whether the columns are the shorter side.
-        add_up: adds up over all that hold slices, in place; None: x is whole.
+        tall: whether the whole matrix has more rows than columns; x.mT is then the wide form, whose left directions are found.
+        part: None: x is whole.
         dominant: (B, DOMINANT) fp64, filled with the singular values at `dominant_ranks(count)`.
     """
     wide = x.mT if tall else x  # (B, m, n)
-    q = _start(wide.shape[-2], count, x.device).expand(wide.shape[0], -1, -1)  # (B, m, d)
+    cut_rows = part is not None and part.rows is not None
+
+    def over_rows(product: Tensor) -> Tensor:
+        """A product that sums over rows, where they lie on several processes."""
+        if part is not None and cut_rows:
+            part.add_up(product)
+        return product
+
+    def over_columns(product: Tensor) -> Tensor:
+        if part is not None and not cut_rows:
+            part.add_up(product)
+        return product
+
+    if part is not None and part.rows is not None:
+        q = _start(part.rows[1], count, x.device)[part.rows[0] :]
+    else:
+        q = _start(wide.shape[-2], count, x.device)
+    q = q.expand(wide.shape[0], -1, -1)  # (B, m, d)
     for _ in range(PASSES):
-        sketch = torch.bmm(wide, torch.bmm(wide.mT, q.to(x.dtype)))
-        if add_up is not None:
-            add_up(sketch)
-        q = _orthonormal(sketch.double())
-    rows = torch.bmm(q.mT.to(x.dtype), wide)  # (B, d, n)
+        sketch = over_columns(torch.bmm(wide, over_rows(torch.bmm(wide.mT, q.to(x.dtype))))).double()
+        q = _orthonormal(sketch, over_rows(torch.bmm(sketch.mT, sketch)))
+    rows = over_rows(torch.bmm(q.mT.to(x.dtype), wide))  # (B, d, n)
     precise = rows.double()
-    gram = torch.bmm(precise, precise.mT)  # (B, d, d)
-    if add_up is not None:
-        add_up(gram)
+    gram = over_columns(torch.bmm(precise, precise.mT))  # (B, d, d)
     gram.diagonal(dim1=-2, dim2=-1).add_(SMALLEST**2)
     if dominant is not None:
         values = _eigenvalues(gram).sqrt_()
@@ -93,12 +118,11 @@ def _start(rows: int, count: int, device: torch.device) -> Tensor:
     return (bits >> 40).to(torch.float64).mul_(2.0**-23).view(rows, count)
 
 
-def _orthonormal(y: Tensor) -> Tensor:
+def _orthonormal(y: Tensor, gram: Tensor) -> Tensor:
     """An orthonormal basis of the columns of each (m, d), by shifted Cholesky QR (Fukaya et al., SIAM J. Sci. Comput. 42, A477, 2020).
 
-    Columns that depend on others come out short, or zero.
+    Columns that depend on others come out short, or zero. `gram` is their Gram matrix, and lost.
     """
-    gram = torch.bmm(y.mT, y)
     shift = gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).mul_(1e-14).add_(1e-200)
     gram.diagonal(dim1=-2, dim2=-1).add_(shift)
     factor = torch.linalg.cholesky_ex(gram)[0]

@@ -63,15 +63,16 @@ def product_settings(device_type: str, wanted: Mapping[str, Any]) -> Iterator[No
 
 
 @contextmanager
-def own_products(device_type: str, *, exact: bool = False) -> Iterator[None]:
+def own_products(device_type: str, *, fp32: str | None = None) -> Iterator[None]:
     """Products in the dtype of their factors, whatever a model's autocast says, and added up in fp32 where that is half precision:
-    segments of Newton–Schulz are chosen for such sums. With `exact`, fp32 factors are not rounded either, whatever torch's settings say.
+    segments of Newton–Schulz are chosen for such sums. `fp32`: what fp32 factors are rounded to ("ieee": nothing), whatever torch's
+    settings say.
     """
     wanted: dict[str, Any] = {}
     if device_type == "cuda":
         wanted = {name: False for name in _SUMS if getattr(torch.backends.cuda.matmul, name)}
-    if exact and fp32_precision(device_type) != "ieee":
-        wanted["fp32_precision"] = "ieee"
+    if fp32 is not None and fp32_precision(device_type) != fp32:
+        wanted["fp32_precision"] = fp32
     autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     with torch.autocast(device_type, enabled=False) if autocast else nullcontext(), product_settings(device_type, wanted):
         yield

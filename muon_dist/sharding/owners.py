@@ -54,7 +54,9 @@ def choose(
     for i, task in enumerate(matrices):
         if placements[task.parameter].replicated or task.sliced is None:
             if placement == "gram":
-                reason = "deflation takes whole matrices" if task.sliced is None else "it is replicated, so one rank keeps its momentum"
+                reason = (
+                    "nothing says what slices of it cost" if task.sliced is None else "it is replicated, so one rank keeps its momentum"
+                )
                 raise ValueError(
                     f"placement='gram' can't slice {task.name}: {reason}. Choose 'owner' or 'auto', or shard its parameter (fully_shard)"
                 )

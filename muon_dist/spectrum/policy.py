@@ -33,6 +33,8 @@ BAND_MARGIN = 0.02
 BANDS = (0.2, 0.28, 0.35)
 # What may be deflated, in parts of the rank
 DEFLATIONS = (64, 32, 16, 8)
+# The deepest schedules whose forms are in `polar.forms`' table
+DEEP = 8
 # Another choice is taken only where it is expected to do so much better than asked, and to save as much, so that decisions don't flicker
 HYSTERESIS = 0.02
 # Where no schedule reaches the coverage, more is not paid for less than this
@@ -156,9 +158,13 @@ class Policy:
             return (0.0,)
         return BANDS if self.reference is not None else (round(self.band - BAND_MARGIN, 2),)
 
-    def choices(self, work: Work) -> tuple[tuple[int, Choice], ...]:
-        """What may be chosen for a matrix, with its FLOPs, the cheapest first; nothing dearer than the Jordan steps of `accuracy`."""
-        return _choices(self, work)
+    def choices(self, work: Work, *, deep: bool = False) -> tuple[tuple[int, Choice], ...]:
+        """What may be chosen for a matrix, with its FLOPs, the cheapest first; nothing dearer than the Jordan steps of `accuracy`.
+
+        `deep`: instead, what takes more than `DEEP` steps, for a coverage that nothing else reaches. Such schedules are in no table of
+        forms, and seldom needed.
+        """
+        return _choices(self, work, deep)
 
     def best(
         self, spectra: Sequence[Spectrum], work: Work, *, now: Choice | None = None, below: float | None = None, most: int | None = None
@@ -168,21 +174,22 @@ class Policy:
         `now` is the choice in use, which is kept where another saves little; `below` as in `Spectrum.coverage`; `most`: FLOPs that it must
         not exceed.
         """
-        allowed = [(cost, choice) for cost, choice in self.choices(work) if most is None or cost <= most] or list(self.choices(work)[:1])
         quality = self._quality(spectra, work, below)
-        worth: dict[Choice, float] = {}
-        for cost, choice in allowed:
-            worth[choice] = quality(choice)
-            if worth[choice] < 0.0:
-                continue
-            if now is not None and choice != now and (kept := next((c for c, other in allowed if other == now), None)) is not None:
-                stands = quality(now) >= 0.0
-                if stands and (cost > (1 - HYSTERESIS) * kept or worth[choice] < HYSTERESIS):
-                    return now
-            return choice
-        reached = max(worth.values())
-        enough = reached - (WORTHWHILE if self.reference is None else 0.0)
-        return next(choice for _, choice in allowed if worth[choice] >= enough)
+        tried: list[Choice] = []
+        for deep in (False, True):
+            priced = self.choices(work, deep=deep)
+            allowed = [(cost, choice) for cost, choice in priced if most is None or cost <= most] or list(() if tried else priced[:1])
+            tried += [choice for _, choice in allowed]
+            for cost, choice in allowed:
+                if quality(choice) < 0.0:
+                    continue
+                if now is not None and now != choice and quality(now) >= 0.0:
+                    kept = work.flops(self.schedule(now))
+                    if kept <= (most or kept) and (cost > (1 - HYSTERESIS) * kept or quality(choice) < HYSTERESIS):
+                        return now
+                return choice
+        enough = max(map(quality, tried)) - (WORTHWHILE if self.reference is None else 0.0)
+        return next(choice for choice in tried if quality(choice) >= enough)
 
     def _quality(self, spectra: Sequence[Spectrum], work: Work, below: float | None) -> Callable[[Choice], float]:
         """What tells by how much a choice does better than is asked for: a share of the error, or of the directions."""
@@ -190,7 +197,9 @@ class Policy:
 
         def quality(choice: Choice) -> float:
             if choice not in known:  # with all that deflate as much, which together cost little more
-                alike = [c for _, c in self.choices(work) if (c.deflation, c.tol == 0) == (choice.deflation, choice.tol == 0)] or [choice]
+                listed = [c for _, c in self.choices(work, deep=choice.steps > DEEP)]
+                alike = [c for c in listed if (c.deflation, c.tol == 0) == (choice.deflation, choice.tol == 0)]
+                alike = alike if choice in alike else [choice]
                 known.update(zip(alike, np.min([worth(s, alike) for s in spectra], axis=0).tolist(), strict=True))
             return known[choice]
 
@@ -248,7 +257,7 @@ def _prior(policy: Policy, kind: str | None, depth: float, work: Work) -> Choice
 
 
 @functools.lru_cache(maxsize=1024)
-def _choices(policy: Policy, work: Work) -> tuple[tuple[int, Choice], ...]:
+def _choices(policy: Policy, work: Work, deep: bool) -> tuple[tuple[int, Choice], ...]:
     if policy.deflation is not None:
         deflations = [min(policy.deflation, work.rank)]
     elif policy.polynomial == "jordan":
@@ -256,9 +265,11 @@ def _choices(policy: Policy, work: Work) -> tuple[tuple[int, Choice], ...]:
     else:
         deflations = sorted({0, *(d for share in DEFLATIONS if (d := work.rank // share) > 0)})
     bands = policy._bands
-    counts = range(policy.min_ns_steps, policy.max_ns_steps + 1)
+    counts = [k for k in range(policy.min_ns_steps, policy.max_ns_steps + 1) if (k > DEEP) == deep]
     found = [Choice(d, k, tol) for d in deflations for k in counts for tol in bands]
     if (reference := policy.reference) is not None:
+        if deep and policy.min_ns_steps <= DEEP:
+            return ()
         own = Choice(0, len(reference), 0.0)
         if own not in found and own.steps in counts and policy.deflation in (None, 0):
             found.append(own)
