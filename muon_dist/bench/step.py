@@ -24,7 +24,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.multiprocessing.spawn import spawn
 
-from ..adaptation import LAG, SHARED
 from ..cli.models import model_parameters
 from ..cli.table import table, write_json
 from ..groups import PlanOptions
@@ -38,6 +37,7 @@ from .trace import parts, summary, traced
 
 # GPT-2 small, so that the benchmark runs from any directory
 GPT2_SMALL_LAYER = {**dict.fromkeys(("attn.q", "attn.k", "attn.v", "attn.o"), (768, 768)), "mlp.up": (3072, 768), "mlp.down": (768, 3072)}
+WARM_UP = 16  # steps of adaptive schedules before they are timed, while measurements are dense
 FIVE, ADAPTIVE, ADAMW = "five steps", "adaptive", "AdamW (fused)"
 CPU = torch.device("cpu")
 
@@ -238,7 +238,7 @@ def _measure(
         peer = DionMuon(tensors, mesh, half=half)
     else:
         peer = (TorchMuon if peer_name == "torch" else NaiveShardedMuon)(tensors, half=half)
-    for _ in range(LAG + SHARED + 1):  # until the first measurement has taken effect
+    for _ in range(WARM_UP):
         adaptive.step()
     sides: dict[str, Callable[[], Any]] = {FIVE: five.step, ADAPTIVE: adaptive.step, "peer": peer.step}
     if world == 1:

@@ -31,8 +31,8 @@ ACCURACIES = tuple(f"jordan{k}" for k in range(3, 9))
 BAND_MARGIN = 0.02
 # The bands that schedules are generated for where an error is to be met: a narrow one serves spectra that lie high, a wide one others
 BANDS = (0.2, 0.28, 0.35)
-# What may be deflated, in parts of the rank
-DEFLATIONS = (64, 32, 16, 8)
+# What may be deflated, in parts of the rank; and the least, since fewer take as long (4 of 256 took twice the time of 16, measured)
+DEFLATIONS, LEAST = (64, 32, 16, 8), 16
 # The deepest schedules whose forms are in `polar.forms`' table
 DEEP = 8
 # Another choice is taken only where it is expected to do so much better than asked, and to save as much, so that decisions don't flicker
@@ -263,7 +263,7 @@ def _choices(policy: Policy, work: Work, deep: bool) -> tuple[tuple[int, Choice]
     elif policy.polynomial == "jordan":
         deflations = [0]
     else:
-        deflations = sorted({0, *(d for share in DEFLATIONS if (d := work.rank // share) > 0)})
+        deflations = sorted({0, *(min(max(LEAST, work.rank // share), work.rank // DEFLATIONS[-1]) for share in DEFLATIONS)})
     bands = policy._bands
     counts = [k for k in range(policy.min_ns_steps, policy.max_ns_steps + 1) if (k > DEEP) == deep]
     found = [Choice(d, k, tol) for d in deflations for k in counts for tol in bands]
@@ -313,7 +313,7 @@ def choose_schedule(
         tol: half the width of that band; None: .3.
         max_steps: the most steps to take; where they don't reach what is asked, the returned schedule's `error` and `coverage` say so.
         floor: noise floor relative to ‖x‖_F; directions below it are not counted.
-        deflation: dominant directions to flatten first; None: 0, or a 64th to an eighth of the rank, whichever is cheapest in the end.
+        deflation: dominant directions to flatten first; None: 0, or up to an eighth of the rank, whichever is cheapest in the end.
 
     Returns:
         A `Schedule`: `.steps`, one (a, b, c) each; `.error`, the root mean square of (gain − 1), and `.coverage`, both estimates;
