@@ -115,7 +115,7 @@ class Part:
                 ours[key] = kept[key] if key == "step" else view.of(kept[key])
             if view.name in self._spectra and ours.get("spectrum") is not self._spectra[view.name]:
                 ours["spectrum"] = self._spectra[view.name]
-                self.optimizer._signature = None  # its controllers work on other rows
+                self.optimizer._signature = None  # its adaptation works on other rows
 
     def step(self, groups: Sequence[Mapping[str, Any]], verdict: Tensor | None) -> None:
         """Step by the gradients of the host's tensors, with the hyperparameters of all `groups` as they are now."""

@@ -255,9 +255,10 @@ def test_views_that_make_no_sense_raise(view: dict) -> None:
 GENERATED = """
 import hashlib
 from muon_dist.polar import polynomials
-from muon_dist.spectrum.controller import Policy
+from muon_dist.spectrum.policy import Policy
+from muon_dist.spectrum.record import Choice
 schedules = [polynomials.schedule_for(name, steps) for name in ("polar_express", "cans", "minimax") for steps in (3, 5, 8, 12)]
-schedules += [Policy(tol=tol).schedule(steps) for tol in (0.1, 0.3) for steps in (2, 5, 9)] + [polynomials.minimax_schedule(1e-4, 7)]
+schedules += [Policy().schedule(Choice(0, steps, tol)) for tol in (0.1, 0.28) for steps in (2, 5, 9)] + [polynomials.minimax_schedule(1e-4, 7)]
 print(hashlib.sha256(repr([s.steps for s in schedules]).encode()).hexdigest(), end="")
 """
 
