@@ -342,7 +342,8 @@ def test_benches_of_adaptivity_run(tmp_path: Path, capsys: pytest.CaptureFixture
         == 0
     )
     assert (tmp_path / "ladder" / "width-32" / "spectrum.jsonl").exists()
-    small = ["--steps", "3", "--seeds", "0", "1", "--width", "16", "24", "--layers", "1", "--batch", "2", "--context", "16", "--lr", "0.01"]
+    small = ["--steps", "3", "--seeds", "0", "1", "--width", "16", "24", "--layers", "1", "--batch", "2", "--context", "16"]
+    small += ["--lr", "0.01", "--adam-lr", "0.01"]
     small += ["--variants", "five Jordan steps", "accuracy jordan5", "AdamW", "--threads", "1", "--results", str(tmp_path / "runs.jsonl")]
     assert main(["bench", "training", *small]) == 0
     text = capsys.readouterr().out

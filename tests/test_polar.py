@@ -258,7 +258,8 @@ from muon_dist.polar import polynomials
 from muon_dist.spectrum.policy import Policy
 from muon_dist.spectrum.record import Choice
 schedules = [polynomials.schedule_for(name, steps) for name in ("polar_express", "cans", "minimax") for steps in (3, 5, 8, 12)]
-schedules += [Policy().schedule(Choice(0, steps, tol)) for tol in (0.1, 0.28) for steps in (2, 5, 9)] + [polynomials.minimax_schedule(1e-4, 7)]
+schedules += [Policy().schedule(Choice(0, steps, tol)) for tol in (0.1, 0.28) for steps in (2, 5, 9)]
+schedules += [polynomials.minimax_schedule(1e-4, 7)]
 print(hashlib.sha256(repr([s.steps for s in schedules]).encode()).hexdigest(), end="")
 """
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..cli.picture import pyplot
-from ..cli.table import table
+from ..cli.table import table, write_json
 from ..optimizer import MuonDist
 from ..polar.cost import flops
 from ..polar.polynomials import widest_schedule
@@ -86,6 +86,7 @@ class Trained:
     seed: int
     equal_rms: bool
     settings: dict[str, Any]
+    parameters: int
     loss: float
     steps_of_ns: float | None
     flops: float | None
@@ -105,6 +106,7 @@ def run(
     batch: int,
     context: int,
     lr: Sequence[float],
+    adam_lr: Sequence[float],
     rest_lr: float,
     equal_rms: bool,
     dtype: str,
@@ -112,10 +114,11 @@ def run(
     threads: int,
     results: str | None,
     picture: str | None,
+    json_path: str | None,
 ) -> int:
-    if min(steps, layers, batch, context, threads, *width) < 1 or min(rest_lr, *lr) <= 0 or min(seeds) < 0:
+    if min(steps, layers, batch, context, threads, *width) < 1 or min(rest_lr, *lr, *adam_lr) <= 0 or min(seeds) < 0:
         raise ValueError(
-            "--steps, --width, --layers, --batch, --context and --threads must be at least 1, --lr and --rest-lr above 0, --seeds from 0"
+            "--steps, --width, --layers, --batch, --context and --threads must be at least 1, learning rates above 0, and --seeds from 0"
         )
     if seconds is not None and seconds <= 0:
         raise ValueError(f"--seconds must be above 0, got {seconds}")
@@ -158,8 +161,9 @@ def run(
             shown.extend(found[:1])
             _say(found[0])
 
-        for name, rate, seed in ((name, rate, seed) for name in chosen for rate in lr for seed in seeds):
-            trained(name, rate, seed, False)
+        for name in chosen:
+            for rate, seed in ((rate, seed) for rate in (adam_lr if name == ADAMW else lr) for seed in seeds):
+                trained(name, rate, seed, False)
         if equal_rms and (five := _best(r for r in mine if r.variant == FIVE and not r.equal_rms)):
             for name in (n for n in chosen if n not in (FIVE, ADAMW)):
                 own = _best(r for r in mine if r.variant == name and not r.equal_rms)
@@ -168,6 +172,7 @@ def run(
         _report(shown, asdict(settings))
     if plt is not None:
         _draw(plt, shown, str(picture))
+    write_json(json_path, {"device": device_name(on), "torch": torch.__version__, "runs": [asdict(r) for r in shown]})
     return 0
 
 
@@ -305,6 +310,7 @@ def train(
         seed=seed,
         equal_rms=equal_rms,
         settings=asdict(settings),
+        parameters=sum(p.numel() for p in model.parameters()),
         loss=statistics.mean(evaluated),
         steps_of_ns=statistics.mean(counts) if counts else None,
         flops=statistics.mean(costs) if costs else None,

@@ -114,6 +114,7 @@ def parser() -> argparse.ArgumentParser:
     training.add_argument("--batch", type=int, default=16)
     training.add_argument("--context", type=int, default=128)
     training.add_argument("--lr", type=float, nargs="+", default=[0.005, 0.008, 0.0125], help="of the matrices (default .005 .008 .0125)")
+    training.add_argument("--adam-lr", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="AdamW's (default .0005 .001 .002)")
     training.add_argument("--rest-lr", type=float, default=4e-3, help="of what AdamW trains beside Muon (default .004)")
     training.add_argument("--equal-rms", action="store_true", help="also where updates are as large as those of five Jordan steps")
     training.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the model's products (default fp32)")
@@ -181,7 +182,7 @@ def parser() -> argparse.ArgumentParser:
 
     for command in (ns, adaptive, estimates, training, ladder, memory, overhead, probes):
         command.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="torch threads")
-    for command in (step, dion, ns, adaptive, estimates, memory, overhead, probes, deepspeed, megatron, scale):
+    for command in (step, dion, ns, adaptive, estimates, training, memory, overhead, probes, deepspeed, megatron, scale):
         command.add_argument("--json", metavar="FILE", help="also write every figure")
     return root
 

@@ -89,19 +89,22 @@ def _overhead(figures: dict[str, Any]) -> list[str]:
 
 
 def _training(figures: dict[str, Any]) -> list[str]:
-    rows = []
-    for name, (run, *_) in figures["runs"].items():
+    rows, runs = [], figures["runs"]
+    for run in runs:
         steps, seconds, _ = run["curve"][-1]
         marks = [_loss_at(run["curve"], 1, share * seconds) for share in (0.25, 0.5, 1.0)]
-        counts = "" if run["mean_steps"] is None else f"{run['mean_steps']:.2f}"
-        rows.append((name, counts, str(steps), f"{seconds / steps * 1e3:.1f}", *(f"{loss:.3f}" for loss in marks), f"{run['loss']:.4f}"))
-    heads = ("", "Newton–Schulz steps", "steps", "ms a step", "loss at ¼ of the time", "at ½", "at the end", "held-out loss")
-    common = min(run["curve"][-1][0] for run, *_ in figures["runs"].values())
-    same = ", ".join(f"{name} {_loss_at(run['curve'], 0, common):.3f}" for name, (run, *_) in figures["runs"].items())
+        spent = ("", "") if run["flops"] is None else (f"{run['steps_of_ns']:.2f}", f"{run['flops']:.2f}×")
+        times = (str(steps), f"{seconds / steps * 1e3:.1f}")
+        rows.append((run["variant"], *spent, *times, *(f"{loss:.3f}" for loss in marks), f"{run['loss']:.4f}"))
+    over_time = ("loss at ¼ of the time", "at ½", "at the end", "held-out loss")
+    heads = ("", "Newton–Schulz steps", "FLOPs over five", "steps", "ms a step", *over_time)
+    common = min(run["curve"][-1][0] for run in runs)
+    same = ", ".join(f"{run['variant']} {_loss_at(run['curve'], 0, common):.3f}" for run in runs)
     return [
         *_table(heads, rows),
         "",
-        f"{figures['parameters'] / 1e6:.0f} M parameters, {figures['dtype']}. Training loss after {common} steps of each: {same}.",
+        f"{runs[0]['parameters'] / 1e6:.0f} M parameters, {runs[0]['settings']['dtype']}. "
+        f"Training loss after {common} steps of each: {same}.",
     ]
 
 

@@ -35,7 +35,7 @@ def test_every_part_runs_on_a_cpu_and_tells_its_figures(tmp_path: Path) -> None:
     assert "its iteration, batched and compiled" in by_name["ns"]["figures"]["shapes"][0]["seconds"]
     [run] = by_name["step"]["figures"]["runs"]
     assert run["parts"]["Newton–Schulz"] > 0 and len(run["host_seconds"]) == 1 and "AdamW (fused)" in run["seconds"]
-    curves = {name: run["curve"] for name, [run] in by_name["training"]["figures"]["runs"].items()}
+    curves = {run["variant"]: run["curve"] for run in by_name["training"]["figures"]["runs"]}
     assert len(curves) == 3 and all([step for step, *_ in curve] == [1, 2, 3, 4] for curve in curves.values())
     assert {p["size"] for p in by_name["probes"]["figures"]["probes"]} == {32, 64}
     page = (tmp_path / "gpu.md").read_text()

@@ -198,7 +198,7 @@ def test_a_default_device_changes_nothing(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("deflation", [1, 4])
-def test_dominant_directions_are_taken_out_on_the_device(deflation: int) -> None:
+def test_dominant_directions_are_flattened_on_the_device(deflation: int) -> None:
     """What the device makes of a matrix is what the CPU makes of it in fp64, but for fp32's rounding."""
     schedule = dataclasses.replace(schedule_for("minimax", 5), deflation=deflation)
     for x in (t for t in values(2) if t.ndim == 2 and min(t.shape) > 8):
