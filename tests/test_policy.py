@@ -205,6 +205,17 @@ def test_a_measurement_shows_what_the_next_decision_needs() -> None:
         assert error_of(x, policy.schedule(choice)) <= 1.1 * error_of(x, FIVE)
 
 
+def test_the_share_below_the_floor_is_kept_only_where_it_is_measured_again() -> None:
+    spectrum, deep = (spectrum_from_quantiles({0.1: 0.1, 0.5: 0.02, 0.9: low}, 200) for low in (0.004, 1e-6))
+    for policy, kept in ((Policy(coverage=0.9), True), (Policy(), False)):
+        first = policy.decide(deep, WORK, Decision(choice=policy.prior("", 0, 1, 0.5, WORK)), reaches_floor=True)
+        second = policy.decide(spectrum, WORK, first, reaches_floor=False)
+        assert first.below > 0.1 and second.measurements == 2
+        assert (second.below == first.below) == kept
+        if not kept:
+            assert second.error == spectrum.error(policy.schedule(second.choice)) and second.coverage < 1
+
+
 # --------------------------------------------------------------------------------------------------------------- timetable
 
 

@@ -216,7 +216,8 @@ class Policy:
 
     def decide(self, spectrum: Spectrum, work: Work, before: Decision, *, reaches_floor: bool) -> Decision:
         """What a measured spectrum makes of the decision before."""
-        below = round(spectrum.share_below(self.floor), 6) if reaches_floor else before.below
+        kept = before.below if self.reference is None else math.nan  # that of an early step would be stale, and nothing measures it anew
+        below = round(spectrum.share_below(self.floor), 6) if reaches_floor else kept
         known = None if math.isnan(below) else below
         choice = self.best([spectrum], work, now=before.choice if before.measurements else None, below=known)
         return self.described(choice, spectrum, measurements=before.measurements + 1, below=below)
