@@ -39,7 +39,7 @@ LAG, SHARED = 2, 1
 # Every so many measurements one takes as many steps as see the noise floor, where a coverage is asked for: it counts what lies above
 PROBE_EVERY = 8
 # Owners are looked at anew this many measuring periods apart
-REBALANCE_PERIODS = 4
+REBALANCE_PERIODS = 2
 
 
 def blank_state(count: int) -> Tensor:

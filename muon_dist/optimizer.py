@@ -85,7 +85,7 @@ class MuonDist(torch.optim.Optimizer):
         coverage, tol: for adaptive steps, instead: bring this share of a matrix's directions to within tol (.3) of 1, at any price.
         noise_floor: for adaptive steps: directions below this share of ‖M‖_F (1e-4) are not counted.
         min_ns_steps, max_ns_steps: for adaptive steps: their bounds (1 and 12). With coverage, a rare measurement takes 6.
-        measure_every, burn_in: for adaptive steps: steps between two measurements of a matrix (50), which are denser at first, and
+        measure_every, burn_in: for adaptive steps: steps between two measurements of a matrix (100), which are denser at first, and
             before the first (0). Until that takes effect, three steps later, scaling laws predict what a matrix needs.
         adjust_lr_fn: "match_rms_adamw" (0.2·√max(rows, cols)), "original" or None (√max(1, rows/cols)), "spectral"
             (√(rows/cols)) or "none".

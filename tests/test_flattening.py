@@ -9,7 +9,7 @@ import torch
 from muon_dist import orthogonalize
 from muon_dist.polar.cost import flops
 from muon_dist.polar.flattening import PLACE, SMALLEST, Part, dominant_ranks, flatten_dominant
-from muon_dist.polar.polynomials import image, widest_schedule
+from muon_dist.polar.polynomials import image, schedule_for, widest_schedule
 
 from .test_spectrum import falling, gains, planted
 
@@ -72,6 +72,22 @@ def test_hard_matrices_come_out_finite_and_no_larger(name: str, dtype: torch.dty
     if name != "zero":
         s, g = gains(x, update)
         assert np.abs(g - 1)[s > 3e-3].max() < 0.45
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_rounding_is_not_lifted_where_fewer_directions_count_than_are_deflated(dtype: str) -> None:
+    """In the first steps of training a gradient may have a rank of a few."""
+    x = planted(np.concatenate([np.linspace(1, 0.3, 8), np.zeros(192)]), 200, 260, dtype=torch.float32)
+    u, _, vh = torch.linalg.svd(x.double(), full_matrices=False)
+
+    def noise(schedule: object) -> float:
+        """What comes out beside the eight directions, for each of them."""
+        result = orthogonalize(x, schedule=schedule, compute_dtype=dtype).double()  # type: ignore[call-overload]
+        return float((result - u[:, :8] @ (u[:, :8].mT @ result @ vh[:8].mT) @ vh[:8]).norm()) / 8**0.5
+
+    for count, steps in ((12, 2), (25, 2), (25, 3)):
+        deflated = noise(dataclasses.replace(widest_schedule(steps, 0.2), deflation=count))
+        assert deflated < (0.01 if dtype == "fp32" else max(0.2, noise(schedule_for("jordan", 5))))
 
 
 def test_directions_that_are_flattened_come_out_at_one_and_the_rest_at_its_own_scale() -> None:

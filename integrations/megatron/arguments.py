@@ -78,7 +78,7 @@ def add_muon_dist_args(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     add("--muon-tol", type=float, help="For --muon-coverage: how near (.3).")
     add("--muon-min-ns-steps", type=int, help="Fewest adaptive steps (1).")
     add("--muon-max-ns-steps", type=int, help="Most adaptive steps (12).")
-    add("--muon-measure-every", type=int, help="Steps between two measurements of a matrix's spectrum, denser at first (50).")
+    add("--muon-measure-every", type=int, help="Steps between two measurements of a matrix's spectrum, denser at first (100).")
     add("--muon-burn-in", type=int, help="Steps before the first measurement; until then scaling laws predict (0).")
     add("--muon-noise-floor", type=float, help="Singular values below this share of the Frobenius norm don't count (1e-4).")
     add("--muon-deflation", type=int, help="Dominant directions that are flattened first (0; for adaptive steps chosen with them).")

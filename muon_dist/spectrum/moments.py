@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..polar.flattening import PLACE, dominant_ranks
+from ..polar.flattening import PLACE, SMALLEST, dominant_ranks
 from ..polar.newton_schulz import moment_count
 from ..polar.polynomials import TOLERANCE, Coefficients, Schedule, image
 
@@ -169,6 +169,7 @@ class Spectrum:
         taken = np.clip(count - (np.cumsum(counts) - counts), 0.0, counts)
         if not taken.any():
             return counts, 0.0
+        ln_sigma = 0.5 * np.logaddexp(2 * ln_sigma, 2 * math.log(SMALLEST))
         last = float(ln_sigma[taken > 0].min())
         return counts - taken, math.log(PLACE) + last - 0.125 * math.log(float(taken @ np.exp(8 * (last - ln_sigma))))
 

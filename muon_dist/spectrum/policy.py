@@ -86,7 +86,7 @@ class Policy:
     tol: float | None = None
     min_ns_steps: int = 1
     max_ns_steps: int = 12
-    measure_every: int = 50
+    measure_every: int = 100
     burn_in: int = 0
     polynomial: str = "minimax"
     deflation: int | None = None
