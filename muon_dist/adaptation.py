@@ -80,36 +80,29 @@ class Adaptation:
         self.measuring: dict[int, Schedule] = {}  # matrix -> what it is orthogonalised with at this step, where it is measured
         self.changed: list[int] = []  # matrices that have another schedule at this step than at the last
         self.schedules: list[Schedule] = []
-        self._adapting: list[BoundParameter] = []
         self._matrices: list[int] = []  # of each row
         self._policies: list[Policy] = []  # of each row
         self._works: list[Work] = []
         self._moments: list[_Sharing] = []
         self._decisions: list[_Sharing] = []
-        matrix, first = 0, 0
-        for b in parameters:
+        adapting, turns, matrix = [], [], 0
+        for position, b in enumerate(parameters):
             if b.policy is not None and b.matrices:
-                b.row = first
-                first += len(b.matrices)
-                self._adapting.append(b)
+                adapting.append(b)
+                b.row = len(self._works)
                 self._matrices += range(matrix, matrix + len(b.matrices))
                 self._policies += [b.policy] * len(b.matrices)
                 self._works += [Work(m.rows, m.cols, b.compute_dtype, products) for m in b.matrices]
+                turns += [turn_of(f"{b.name or position}/{part}") for part in range(len(b.matrices))]
             matrix += len(b.matrices)
-        self.rows = blank_rows(first)  # (rows, ROW_WIDTH) fp64
+        self.rows = blank_rows(len(self._works))  # (rows, ROW_WIDTH) fp64
         self._tensor = torch.from_numpy(self.rows)
         self._fresh: list[int] = []  # rows that have the prior
-        for b in self._adapting:
+        for b in adapting:
             self.take_over(b, state[b.parameter])
         self._share_priors()
         self._row_of = {matrix: row for row, matrix in enumerate(self._matrices)}
-        names = (
-            f"{b.name or position}/{part}"
-            for position, b in enumerate(parameters)
-            if b in self._adapting
-            for part, _ in enumerate(b.matrices)
-        )
-        self._turns = np.array([turn_of(name) for name in names])
+        self._turns = np.array(turns)
         self._every = np.array([p.measure_every for p in self._policies], np.int64)
         self._burn_in = np.array([p.burn_in for p in self._policies], np.int64)
         at = 0

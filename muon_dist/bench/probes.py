@@ -1,7 +1,7 @@
 """`muon-dist bench probes`: what other ways to a polar factor would stand on, in units of one bf16 product of the same size.
 
 A rational step (Halley's) in Gram space saves most of the products, but needs a Cholesky factor or an inverse of an fp32 Gram matrix;
-directions that are taken out first need skinny products and a small inverse root; small matrices need few launches, as a CUDA graph has.
+directions that are flattened first need skinny products and a small inverse root; small matrices need few launches, as a CUDA graph has.
 Whether these pay is a question to the device.
 """
 
