@@ -172,6 +172,33 @@ def test_a_measured_step_adds_one_small_all_reduce_and_others_nothing() -> None:
                 assert 8 * decided * WIDTH_OF_DECISION in sizes
 
 
+def run_counted(steps: int) -> int:
+    """How often this rank fits a spectrum and decides."""
+    from muon_dist import adaptation
+
+    own, decided = adaptation.spectrum_from_moments, []
+    adaptation.spectrum_from_moments = lambda *args: decided.append(1) or own(*args)
+    try:
+        torch.manual_seed(0)
+        parameters = [place_parameter(torch.randn(24, 32), "rows") for _ in range(12)]
+        optimizer = MuonDist([(f"layers.{k}.up.weight", p) for k, p in enumerate(parameters)])
+        for _ in range(steps):
+            for p in parameters:
+                p.grad = place_parameter(torch.randn(24, 32), "rows").detach()
+            optimizer.step()
+    finally:
+        adaptation.spectrum_from_moments = own
+    return len(decided)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_measurement_is_decided_on_once_and_ranks_share_the_work(world: int) -> None:
+    (alone,) = run_ranks(1, run_counted, 12)
+    counts = run_ranks(world, run_counted, 12)
+    assert alone > 24 and sum(counts) == alone
+    assert max(counts) <= alone / world + 6  # ranks take turns in each of the steps that decide
+
+
 def resume(placement: str, cut: int, steps: int) -> dict:
     """Train, once without and once with a stop at `cut`; the parameters and rows of both."""
     result = {}
