@@ -73,7 +73,7 @@ def sliced_flops_of(
     each = sum(segment_flops(m, 1, length, compute_dtype, products) for length in segments) - alone
     shared = deflation_flops(m, 0, d, compute_dtype, products)
     each += deflation_flops(m, 1, d, compute_dtype, products) - shared
-    added_up = PASSES * m * d * max(compute_dtype.itemsize, 4) + 8 * d * d
+    added_up = PASSES * (m * d * max(compute_dtype.itemsize, 4) + 8 * d * d) + 8 * d * d
     return alone + shared, each, len(segments) * m * m * max(compute_dtype.itemsize, 4) + added_up
 
 

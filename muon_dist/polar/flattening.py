@@ -35,7 +35,7 @@ def flattening_flops(rows: int, cols: int, count: int) -> tuple[int, int]:
     """Operations of `flatten_dominant`: those of products with the matrix, and those in fp64, on d vectors and d × d matrices."""
     m, n = min(rows, cols), max(rows, cols)
     d = min(count, m)
-    return 4 * (PASSES + 1) * m * n * d, 2 * (n + 3 * m) * d**2 + 2 * 4 * len(_ROOT_STEPS) * d**3
+    return 4 * (PASSES + 1) * m * n * d, (3 * PASSES * (m + n) + 2 * (m + n)) * d**2 + 2 * 4 * len(_ROOT_STEPS) * d**3
 
 
 def dominant_ranks(count: int) -> tuple[int, ...]:
@@ -89,9 +89,11 @@ def flatten_dominant(x: Tensor, count: int, *, tall: bool, part: Part | None = N
     else:
         q = _start(wide.shape[-2], count, x.device)
     q = q.expand(wide.shape[0], -1, -1)  # (B, m, d)
-    for _ in range(PASSES):
-        sketch = over_columns(torch.bmm(wide, over_rows(torch.bmm(wide.mT, q.to(x.dtype))))).double()
-        q = _orthonormal(sketch, over_rows(torch.bmm(sketch.mT, sketch)))
+    for _ in range(PASSES):  # on both sides: of XXᵀΩ at once rounding would grow with (σ₁/σ_d)², and the update with how X is summed up
+        right = over_rows(torch.bmm(wide.mT, q.to(x.dtype))).double()  # (B, n, d)
+        right = _orthonormal(right, over_columns(torch.bmm(right.mT, right)))
+        left = over_columns(torch.bmm(wide, right.to(x.dtype))).double()
+        q = _orthonormal(left, over_rows(torch.bmm(left.mT, left)))
     rows = over_rows(torch.bmm(q.mT.to(x.dtype), wide))  # (B, d, n)
     precise = rows.double()
     gram = over_columns(torch.bmm(precise, precise.mT))  # (B, d, d)
