@@ -172,9 +172,8 @@ class Adaptation:
 
     def _choice(self, row: int) -> Choice:
         """What is in force; bounds that have changed since it was chosen hold at once."""
-        deflation, steps, tol = self.rows[row, [columns.DEFLATION, columns.STEPS, columns.TOL]]
-        policy = self._policies[row]
-        return Choice(int(deflation), min(max(int(steps), policy.min_ns_steps), policy.max_ns_steps), float(tol))
+        choice, policy = Choice.of(self.rows[row, columns.DEFLATION : columns.TOL + 1]), self._policies[row]
+        return choice._replace(steps=min(max(choice.steps, policy.min_ns_steps), policy.max_ns_steps))
 
     def begin_step(self) -> list[int]:
         """Let decisions take effect, decide on what was measured, and set what this step measures; which matrices were decided anew."""
@@ -188,7 +187,9 @@ class Adaptation:
         due = are_due(taken, self._turns, self._every, self._burn_in)
         due &= (self.rows[:, columns.MEASURED_AT] < 0) & (self.rows[:, columns.DECIDED_AT] < 0)
         for row in np.flatnonzero(due).tolist():
-            self.measuring[self._matrices[row]] = self._policies[row].schedule(self._measured_with(row))
+            choice = self._measured_with(row)
+            self.rows[row, columns.MEASURED_WITH] = choice
+            self.measuring[self._matrices[row]] = self._policies[row].schedule(choice)
         width = max((moment_count(len(s), s.deflation) for s in self.measuring.values()), default=0)
         self._buffer = torch.zeros(len(self.measuring), width, dtype=torch.float64, device=self.places.device)
         self._line_of = {matrix: k for k, matrix in enumerate(self.measuring)}
@@ -228,9 +229,7 @@ class Adaptation:
         """What a measurement makes of the decision in force. A matrix that was zero then, or whose step was skipped, tells nothing."""
         policy, work, known = self._policies[row], self._works[row], self.rows[row]
         before = Decision.of(known[columns.IN_FORCE])
-        deflation, steps, tol = known[columns.MEASURED_WITH]
-        choice = Choice(int(deflation), int(steps), float(tol))
-        schedule = policy.schedule(choice)
+        schedule = policy.schedule(Choice.of(known[columns.MEASURED_WITH]))
         moments = known[columns.MOMENTS][: moment_count(len(schedule), schedule.deflation)]
         spectrum = spectrum_from_moments(moments, schedule, work.rank)
         if spectrum is None:
@@ -252,7 +251,6 @@ class Adaptation:
         taken = self.rows[:, columns.TAKEN]
         if self.measuring:
             rows = np.array([self._row_of[matrix] for matrix in self.measuring])
-            self.rows[rows, columns.MEASURED_WITH] = [self._measured_with(row) for row in rows.tolist()]
             self.rows[rows, columns.MEASURED_AT] = taken[rows]
             self._moments.append(_Sharing(self._buffer, rows, taken[rows].copy(), self.places))
         taken += 1

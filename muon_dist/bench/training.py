@@ -179,7 +179,7 @@ def run(
 def _read(path: str | None) -> list[Trained]:
     if path is None or not Path(path).exists():
         return []
-    return [Trained(**{**json.loads(line), "curve": json.loads(line).get("curve", [])}) for line in Path(path).read_text().splitlines()]
+    return [Trained(**json.loads(line)) for line in Path(path).read_text().splitlines()]
 
 
 def _keep(path: str | None, trained: Trained) -> None:

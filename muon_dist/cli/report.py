@@ -139,7 +139,8 @@ def _spectra(log: RunLog) -> dict[str, Any]:
     if not log.matrices:
         return {"quantiles": [], "unresolved": [], "steps": [], "errors": [], "cost": []}
     places = sorted({r["step"] for r in log.matrices})
-    places = [places[k * (len(places) - 1) // max(1, BINS - 1)] for k in range(min(BINS, len(places)))] if len(places) > BINS else places
+    if len(places) > BINS:
+        places = [places[k * (len(places) - 1) // (BINS - 1)] for k in range(BINS)]
     known = known_at(log.matrices, places)
 
     def curve(name: str, average: Callable[[list[dict[str, Any]]], float | None], kind: str | None = None) -> dict[str, Any]:

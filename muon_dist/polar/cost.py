@@ -102,7 +102,8 @@ def form_name(segments: tuple[int, ...]) -> str:
 def workspace_bytes(rows: int, cols: int, *, itemsize: int, in_place: bool, deflation: int = 0) -> int:
     """Bytes that `orthogonalize_batch` needs for a rows × cols matrix beside its input: a second copy to work in turns, the
     Gram matrix and its polynomial, two more of that size in Gram space; and where the input is in another dtype than `itemsize` says,
-    a normalised copy of it. Deflation adds its directions' polar factor, and a copy in fp32 if the products run in less.
+    a normalised copy of it. Deflation adds a copy in fp32 if the products run in less, and vectors in fp64: of an eighth of the directions
+    they are as large as a copy.
     """
     small = min(rows, cols)
     deflated = rows * cols * (itemsize + (4 if itemsize < 4 else 0)) if deflation else 0

@@ -20,6 +20,8 @@ from .restarts import LONGEST, WORSE, best_segments, how_much_worse, possible_se
 
 TABLE = Path(__file__).with_name("segments.csv")
 COLUMNS = ("schedule", "digest", "precision", "segments")
+BANDS = (0.2, 0.28, 0.35)  # how near 1 the generated schedules of the table aim
+DEEP = 8  # their most steps
 PRECISIONS: tuple[Precision, ...] = (torch.float32, torch.bfloat16, torch.float16, "tf32", "bf16")
 
 Segments = tuple[int, ...]
@@ -50,7 +52,7 @@ def name_of(precision: Precision) -> str:
 
 @functools.cache
 def _table() -> dict[tuple[str, str], tuple[Segments, ...]]:
-    lines = [line for line in TABLE.read_text().splitlines() if not line.startswith("#")] if TABLE.exists() else []
+    lines = [line for line in TABLE.read_text().splitlines() if not line.startswith("#")]
     return {
         (row["digest"], row["precision"]): tuple(tuple(map(int, segments.split("+"))) for segments in row["segments"].split())
         for row in csv.DictReader(lines)
@@ -77,8 +79,8 @@ def schedules_of_the_table() -> Iterator[tuple[str, tuple[Coefficients, ...]]]:
     for name, counts in (("jordan", (1, 8)), ("polar_express", (3, 8)), ("cans", (3, 8)), ("deepseek_v4", (10, 10)), ("minimax", (1, 8))):
         for k in range(counts[0], counts[1] + 1):
             yield f"{name} {k}", schedule_for(name, k).steps
-    for tol in (0.2, 0.28, 0.35):
-        for k in range(1, 9):
+    for tol in BANDS:
+        for k in range(1, DEEP + 1):
             yield f"generated {k} within {tol:g}", widest_schedule(k, tol).steps
 
 

@@ -128,6 +128,7 @@ class Spectrum:
     resolution: float
     rank: int
     dominant: Array = field(default_factory=lambda: np.zeros(0))
+    _known: dict[int, tuple[Array, float]] = field(default_factory=dict, init=False, repr=False)  # of `_flattened`
 
     def quantile(self, q: float) -> float | None:
         """σ/‖X‖_F at rank ⌈q·rank⌉ from the top; None where that is below the resolution."""
@@ -162,9 +163,13 @@ class Spectrum:
         ln_sigma = np.concatenate([np.log(np.maximum(self.dominant, 1e-12)), _POINTS[::-1] + math.log(self.scale)])
         return ln_sigma, np.concatenate([np.ones(len(self.dominant)), self.mass[::-1]])
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019 (a spectrum is judged and thrown away)
     def _flattened(self, count: int) -> tuple[Array, float]:
         """Once `count` directions are flattened: how many are left at each place of `_from_the_top`, and ln τ."""
+        if count not in self._known:
+            self._known[count] = self._flatten(count)
+        return self._known[count]
+
+    def _flatten(self, count: int) -> tuple[Array, float]:
         ln_sigma, counts = self._from_the_top
         taken = np.clip(count - (np.cumsum(counts) - counts), 0.0, counts)
         if not taken.any():
@@ -173,7 +178,6 @@ class Spectrum:
         last = float(ln_sigma[taken > 0].min())
         return counts - taken, math.log(PLACE) + last - 0.125 * math.log(float(taken @ np.exp(8 * (last - ln_sigma))))
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019
     def _norm(self, normalisation: str, count: int) -> float:
         """What a normalisation divides by once `count` directions are flattened, relative to ‖X‖_F."""
         if count == len(self.dominant) and normalisation in self.norms:

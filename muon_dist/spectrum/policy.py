@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..polar.cost import flops_of
+from ..polar.forms import BANDS, DEEP
 from ..polar.newton_schulz import default_compute_dtype, orthogonalize
 from ..polar.polynomials import TOLERANCE, Schedule, image, schedule_for, widest_schedule
 from ..polar.products import SymmetricProducts, products_on
@@ -29,12 +30,8 @@ ACCURACIES = tuple(f"jordan{k}" for k in range(3, 9))
 
 # Generated schedules touch the band's edges all over their interval, so they are made for one that is this much narrower
 BAND_MARGIN = 0.02
-# The bands that schedules are generated for where an error is to be met: a narrow one serves spectra that lie high, a wide one others
-BANDS = (0.2, 0.28, 0.35)
 # What may be deflated, in parts of the rank; and the least, since fewer take as long (4 of 256 took twice the time of 16, measured)
 DEFLATIONS, LEAST = (64, 32, 16, 8), 16
-# The deepest schedules whose forms are in `polar.forms`' table
-DEEP = 8
 # Another choice is taken only where it is expected to do so much better than asked, and to save as much, so that decisions don't flicker
 HYSTERESIS = 0.02
 # Where no schedule reaches the coverage, more is not paid for less than this
@@ -147,13 +144,14 @@ class Policy:
     @functools.cached_property
     def probe(self) -> Choice:
         """The fewest steps that resolve the noise floor, whatever the spectrum."""
-        tol = 0.0 if self.polynomial == "jordan" else self._bands[0 if len(self._bands) == 1 else 1]
+        tol = self._bands[len(self._bands) // 2]
         choices = (Choice(0, k, tol) for k in range(1, MOST_STEPS))
         resolving = (c for c in choices if image(self.schedule(c).steps, self.floor) >= RESOLVED_GAIN)
         return next(resolving, Choice(0, MOST_STEPS, tol))
 
     @property
     def _bands(self) -> tuple[float, ...]:
+        """What schedules are generated for. Where an error is to be met a narrow one serves spectra that lie high, a wide one others."""
         if self.polynomial == "jordan":
             return (0.0,)
         return BANDS if self.reference is not None else (round(self.band - BAND_MARGIN, 2),)
@@ -274,14 +272,12 @@ def _choices(policy: Policy, work: Work, deep: bool) -> tuple[tuple[int, Choice]
         own = Choice(0, len(reference), 0.0)
         if own not in found and own.steps in counts and policy.deflation in (None, 0):
             found.append(own)
+        found = [c for c in found if c.steps <= len(reference) + 2] or found  # longer ones are dearer, and need not be priced
+    priced = sorted((work.flops(policy.schedule(c)), c) for c in found)
+    if reference is not None:
         most = work.flops(reference)
-        shorter = [c for c in found if c.steps <= len(reference) + 2]  # longer ones are dearer, and need not be priced
-        priced = [(work.flops(policy.schedule(c)), c) for c in shorter]
-        found_within = [(cost, c) for cost, c in priced if cost <= most]
-        if found_within:
-            return tuple(sorted(found_within))
-        return (min(priced),) if priced else (min((work.flops(policy.schedule(c)), c) for c in found),)
-    return tuple(sorted((work.flops(policy.schedule(c)), c) for c in found))
+        priced = [(cost, c) for cost, c in priced if cost <= most] or priced[:1]
+    return tuple(priced)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ A row begins with the version of its layout. Rows of version 1, which had none, 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,6 +28,11 @@ class Choice(NamedTuple):
     deflation: int
     steps: int
     tol: float
+
+    @staticmethod
+    def of(numbers: Iterable[float]) -> Choice:
+        deflation, steps, tol = numbers
+        return Choice(int(deflation), int(steps), float(tol))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +62,9 @@ class Decision:
 
     @staticmethod
     def of(numbers: Array) -> Decision:
-        deflation, steps, tol, measurements, *known = (float(v) for v in numbers)
+        measurements, *known = (float(v) for v in numbers[3:])
         return Decision(
-            choice=Choice(int(deflation), int(steps), tol),
+            choice=Choice.of(numbers[:3]),
             measurements=int(measurements),
             error=known[0],
             error_of_five=known[1],
