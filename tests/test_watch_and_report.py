@@ -158,8 +158,10 @@ def test_the_page_opens_without_errors_and_fits(names: list[str], width: int, ru
     assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
     titles = browser.execute_script("return [...document.querySelectorAll('figcaption')].map(e => e.textContent)")
     expected = {"Loss", "Gradient norm", "Learning rate", "Tokens per second", "Optimizer's share of a step"}
-    measured = {"Quantiles over the run, median of all matrices", "σ at q = 0.5 over relative depth, at the end", "Steps, mean by kind"}
-    assert set(titles) == expected | (measured | {"Coverage, mean by kind"} if "muon" in names else set())
+    measured = {"Quantiles over the run, median of all matrices", "Share of matrices whose quantile is below the resolution"}
+    measured |= {"σ at q = 0.5 over relative depth, at the end", "Steps, mean by kind"}
+    measured |= {"Error: root mean square of (gain − 1), mean of all matrices", "Newton–Schulz FLOPs over five Jordan steps, by kind"}
+    assert set(titles) == expected | (measured if "muon" in names else set())
     # every chart is drawn as wide as its figure, with axis labels that don't touch, in letters of 12 px or more
     for figure in browser.execute_script(FIGURES):
         assert figure["box"] == figure["width"] and figure["paths"] >= 1 and figure["size"] >= 12
