@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 
 import muon_dist
 from muon_dist.agreement import Agreement, agree_after_host
-from muon_dist.binding import BoundParameter
+from muon_dist.bound import BoundParameter
 from muon_dist.groups import GROUP_KEYS, STRUCTURE, PlanOptions
 from muon_dist.polar.polynomials import Schedule
 from muon_dist.rendezvous import gather_objects, meet

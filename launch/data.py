@@ -13,7 +13,7 @@ import torch
 from options import Options
 from torch import Tensor
 
-from muon_dist.bench.small_gpt import read_text
+from muon_dist.example.small_gpt import read_text
 
 BLOCKS, BLOCK = 64, 256  # tokens that a fingerprint reads
 

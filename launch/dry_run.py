@@ -10,11 +10,12 @@ from data import Windows
 from engines.deepspeed_zero import read_config
 from options import Options, micro_batches
 
-from muon_dist.cli.models import parameters_of
-from muon_dist.cli.plan import plan_model, predict, report
-from muon_dist.cli.table import si
 from muon_dist.groups import PlanOptions
+from muon_dist.planner.models import parameters_of
+from muon_dist.planner.plan import plan_model, predict
 from muon_dist.run import Ranks
+from muon_dist.show.plan import report
+from muon_dist.show.table import si
 from muon_dist.spectrum.policy import Policy
 
 

@@ -12,13 +12,13 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .bound import BoundParameter
 from .groups import policy_of
 from .polar.newton_schulz import moment_count
 from .polar.polynomials import Schedule
@@ -30,9 +30,6 @@ from .spectrum.policy import Policy, Work
 from .spectrum.record import Choice, Decision, blank_rows, read_rows
 from .spectrum.scaling_law import relative_depths
 from .spectrum.timetable import are_due, turn_of
-
-if TYPE_CHECKING:
-    from .binding import BoundParameter
 
 # Steps between a measurement and the decision, while moments are shared and copied to the host; a decision takes effect SHARED steps later
 LAG, SHARED = 2, 1

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .binding import BoundParameter, Domain
+from .bound import BoundParameter
+from .domain import Domain
 from .rendezvous import naming_the_missing
 
 # What is added up beside the flags of parameters: ranks whose gradients are not finite; updates that their owners left out at the step

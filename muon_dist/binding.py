@@ -1,13 +1,12 @@
 """Binding: from the parameters as they are now to domains with a plan that all ranks agree on.
 
-A **domain** is a set of ranks that share parameters; whatever travels, travels inside one. Binding reads layouts, makes
-each domain's plan, and compares it among the ranks, with a timeout: a difference raises on every rank and names it.
+Binding reads layouts, makes each domain's plan, and compares it among the ranks, with a timeout: a difference raises on every rank and
+names it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .adaptation import Adaptation, Places, assign_policies
+from .bound import BoundParameter, stored_as_box
 from .comparison import all_have, compare
+from .domain import Domain, route_of
 from .groups import PlanOptions, fixed_schedule
 from .polar.cost import flops_of, form_name, segments_of, sliced_flops_of, workspace_bytes
 from .polar.matrix_view import Matrix, matrices_of
@@ -26,119 +27,19 @@ from .polar.polynomials import Schedule
 from .polar.products import SymmetricProducts
 from .rendezvous import gather_objects, meet
 from .routing import Route
-from .sharding.exchange import BucketRoute, Exchange, route_bucket
+from .sharding.exchange import Exchange
 from .sharding.layout import (
     Fragment,
     Placement,
     ShardLayout,
-    box_shape,
     dtensor_fragments,
     fragment_numel,
     local_tensor,
     whole,
 )
 from .sharding.owners import EVEN_ENOUGH
-from .sharding.plan import Plan, make_plan
-from .sharding.tasks import SLICED, MatrixTask, SlicedCost
-from .spectrum.policy import Policy
-
-
-@dataclass(eq=False, kw_only=True)
-class BoundParameter:
-    """A trainable parameter with its route, its group's hyperparameters, and where its pieces lie."""
-
-    name: str
-    parameter: Tensor
-    group: dict[str, Any]
-    route: Route
-    placement: Placement
-    ranks: tuple[int, ...]
-    device: torch.device  # where its matrices are orthogonalised and travel
-    known_group: dist.ProcessGroup | None = None
-    position: int = -1  # in its domain
-    matrices: tuple[Matrix, ...] = ()
-    fixed: Schedule | None = None  # of all its matrices, where step counts don't adapt
-    policy: Policy | None = None  # where they do
-    row: int = -1  # of its first matrix, in what its domain's adaptation knows
-    spectrum: Tensor | None = None  # its rows there, which its state holds
-    depth: float = 1.0  # relative, of its block in the model
-    compute_dtype: torch.dtype = torch.float32
-    wire_dtype: torch.dtype = torch.float32
-
-    @property
-    def muon(self) -> bool:
-        return bool(self.group["algorithm"] == "muon")
-
-    @property
-    def local(self) -> Tensor:
-        return local_tensor(self.parameter).detach()  # in this order: to detach a DTensor takes ten times as long
-
-    def compute_dtype_for(self, schedule: Schedule) -> torch.dtype:
-        """What a matrix is computed in: as asked, or by the schedule's reach on an accelerator."""
-        if self.group["compute_dtype"] is not None or self.compute_dtype != torch.bfloat16:
-            return self.compute_dtype
-        return default_compute_dtype(self.device, self.local.dtype, schedule)
-
-
-@dataclass(eq=False, kw_only=True)
-class Domain:
-    """Ranks that share parameters, the parameters in an order equal on all of them, and how their matrices travel."""
-
-    ranks: tuple[int, ...]
-    me: int
-    process_group: dist.ProcessGroup | None  # None: one rank
-    device: torch.device
-    products: SymmetricProducts
-    parameters: list[BoundParameter]
-    adaptation: Adaptation
-    plan: Plan
-    exchange: Exchange
-    matrices: list[Matrix]  # parallel to plan.matrices
-    batch_keys: list[Hashable]  # parallel to them: of what is orthogonalised together
-    owner_of_parameter: list[int] = field(default_factory=list)
-    # per parameter: the ranks that hold some of it, where a piece is held twice; else 0
-    whole_count: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
-    first_bucket: list[list[int]] = field(default_factory=list)  # parameters whose first matrix travels in a bucket
-    last_bucket: list[list[int]] = field(default_factory=list)
-    replicate_momentum: bool = False  # every rank keeps the momentum of plain replicas, not their owners alone
-    left_out: Tensor = field(init=False)  # updates of this rank's matrices that were no polar factors, and that others don't know of
-    iteration: Tensor = field(init=False)  # how often gradients were reset since binding; beyond COUNTED from 0 again
-    _flags: tuple[list[bool], Tensor] = field(default_factory=lambda: ([], torch.empty(0, device="cpu")))  # the last that were asked for
-
-    def __post_init__(self) -> None:
-        self.left_out, self.iteration = torch.zeros(2, dtype=torch.int32, device=self.device).unbind()
-
-    def owns(self, bound: BoundParameter) -> bool:
-        """Whether this rank keeps the momentum of a parameter: its owner does where replicas could, every holder elsewhere."""
-        if not bound.placement.replicated or self.replicate_momentum:
-            return True
-        return self.owner_of(bound) == self.me
-
-    def flags(self, present: list[bool]) -> Tensor:
-        """Four zeros and `present`, in int32 on the device, a new tensor. They seldom change; a copy from the host would wait."""
-        if self._flags[0] != present:
-            self._flags = (present, torch.tensor([0, 0, 0, 0, *present], dtype=torch.int32, device=self.device))
-        return self._flags[1].clone()
-
-    def reading(self, tensors: Mapping[BoundParameter, Tensor]) -> Callable[[int], Tensor]:
-        """Look tensors up by a parameter's position, as the exchange knows it."""
-        return lambda position: tensors[self.parameters[position]]
-
-    def regroup(self, changed: Collection[int]) -> None:
-        """Put those matrices whose schedules changed into other batches, in the buckets where they are this rank's. What travels stays
-        as it is.
-        """
-        for i in changed:
-            self.batch_keys[i] = (self.plan.matrices[i].batch_key, self.adaptation.schedules[i])
-        mine = {i for i in changed if self.plan.owners[i] in (self.me, SLICED)}
-        self.exchange.routes = tuple(
-            _route(self.plan, bucket, self.parameters, self.me, self.batch_keys) if mine.intersection(self.plan.buckets[bucket]) else route
-            for bucket, route in enumerate(self.exchange.routes)
-        )
-
-    def owner_of(self, bound: BoundParameter) -> int:
-        """The rank that owns a parameter's first matrix (all of them, if it is replicated); rank 0 for an empty or sliced one."""
-        return self.owner_of_parameter[bound.position]
+from .sharding.plan import make_plan
+from .sharding.tasks import MatrixTask, SlicedCost
 
 
 def bind_domains(
@@ -268,7 +169,7 @@ def _planned(
         [b.placement for b in members], tasks, n_ranks=len(ranks), bucket_bytes=options.bucket_bytes, placement=options.placement
     )
     for b in members:
-        if b.matrices and not _stored_as_box(b, me) and not b.local.is_contiguous():
+        if b.matrices and not stored_as_box(b, me) and not b.local.is_contiguous():
             raise ValueError(
                 f"{b.name} is stored as a flat fragment that is not contiguous; make it contiguous before it reaches the optimizer"
             )
@@ -284,7 +185,7 @@ def _planned(
         adaptation=adaptation,
         plan=plan,
         exchange=Exchange(
-            tuple(_route(plan, bucket, members, me, keys) for bucket in range(len(plan.buckets))), group=group, device=device
+            tuple(route_of(plan, bucket, members, me, keys) for bucket in range(len(plan.buckets))), group=group, device=device
         ),
         matrices=matrices,
     )
@@ -320,15 +221,6 @@ def rebalanced(domain: Domain, options: PlanOptions) -> Domain | None:
     if not all_have(bytes.fromhex(better.plan.digest()), better):
         raise ValueError(f"the ranks {list(domain.ranks)} don't agree on new owners: their measured step counts differ")
     return better
-
-
-def _stored_as_box(bound: BoundParameter, me: int) -> bool:
-    fragment = bound.placement.fragments[me]
-    return len(fragment) == 1 and box_shape(fragment[0]) == tuple(bound.local.shape)
-
-
-def _route(plan: Plan, bucket: int, members: Sequence[BoundParameter], me: int, keys: Sequence[Hashable]) -> BucketRoute:
-    return route_bucket(plan, bucket, me, lambda position: _stored_as_box(members[position], me), keys)
 
 
 def matrix_tasks(

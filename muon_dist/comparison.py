@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .bound import BoundParameter
+from .domain import Domain
 from .groups import POLICY_KEYS
 from .rendezvous import BIND, gather_objects, wait_in_time
 from .sharding.layout import Fragment, local_tensor
 from .sharding.state import VALUES, is_elsewhere, is_unset, unset
-
-if TYPE_CHECKING:
-    from .binding import BoundParameter, Domain
 
 # Hyperparameters that the ranks of a domain must share: owners use theirs, holders their own.
 COMPARED = ("lr", "weight_decay", "momentum", "nesterov", "adjust_lr_fn", "extra_scale_factor", "betas", "eps")

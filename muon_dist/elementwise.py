@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.optim.adamw import adamw
 
-from .binding import BoundParameter
+from .bound import BoundParameter
 from .sharding.layout import local_tensor
 
 

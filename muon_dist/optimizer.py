@@ -18,8 +18,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .adaptation import blank_state
 from .agreement import COUNTED, Agreement, Lagged, agree_on_gradients
-from .binding import BoundParameter, Domain, bind_domains, rebalanced
+from .binding import bind_domains, rebalanced
+from .bound import BoundParameter
 from .comparison import all_gather_rows
+from .domain import Domain
 from .elementwise import local_gradient
 from .groups import (
     GROUP_KEYS,

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from .binding import BoundParameter, Domain
+from .bound import BoundParameter
+from .domain import Domain
 from .elementwise import adamw_step, decay, momentum_forms
 from .polar.newton_schulz import Slices, moment_count, orthogonalize_batch
 from .polar.plausible import are_plausible

@@ -12,16 +12,14 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .domain import Domain
 from .run.lines import append_lines, read_lines
 from .spectrum.moments import QUANTILES
 from .spectrum.policy import FIVE
 from .spectrum.scaling_law import layer_kind
 from .version import __version__
-
-if TYPE_CHECKING:
-    from .binding import Domain
 
 SENT = ("ns_steps", "deflation", "error", "error_of_five_steps", "coverage", "flops")  # to sinks, besides quantiles
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}  # sink -> the package it needs

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from muon_dist.bench.megatron_host import Setup, everyone, initialize, make_model, optimizer_config, set_rates, train_step
+from muon_dist.example.megatron_host import Setup, everyone, initialize, make_model, optimizer_config, set_rates, train_step
 
 from .reference import ReferenceMuon
 

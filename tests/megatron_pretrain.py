@@ -13,7 +13,7 @@ from megatron.core.enums import ModelType
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 from megatron.training.training import setup_model_and_optimizer
 
-from muon_dist.bench import megatron_host as host
+from muon_dist.example import megatron_host as host
 
 
 def main() -> None:

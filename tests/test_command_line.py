@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from muon_dist import MuonDist
 from muon_dist.bench.trace import parts, summary
 from muon_dist.cli.main import main
-from muon_dist.cli.run_log import read_log
+from muon_dist.show.run_log import read_log
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -61,8 +61,8 @@ def test_inspect_tells_every_parameters_route_reason_view_and_scale(tmp_path: Pa
 
 
 def test_the_config_of_the_quickstart_is_its_model() -> None:
-    from muon_dist.bench.small_gpt import GPT
-    from muon_dist.cli.models import model_parameters
+    from muon_dist.example.small_gpt import GPT
+    from muon_dist.planner.models import model_parameters
 
     model = GPT(layers=6, width=256, heads=4, context=256)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}

@@ -244,7 +244,7 @@ def test_schedulers_of_torch() -> None:
 
 
 def train_shipped(path: str) -> tuple[list[float], str, set[str]]:
-    from muon_dist.bench.small_gpt import GPT, read_text, windows
+    from muon_dist.example.small_gpt import GPT, read_text, windows
 
     ds_config = json.loads(Path(path).read_text())
     for place in ("offload_optimizer", "offload_param"):

@@ -14,9 +14,9 @@ from torch import nn
 
 from muon_dist import MuonDist
 from muon_dist.cli.main import main
-from muon_dist.cli.models import model_parameters
-from muon_dist.cli.plan import plan_model
 from muon_dist.groups import PlanOptions
+from muon_dist.planner.models import model_parameters
+from muon_dist.planner.plan import plan_model
 from muon_dist.polar.cost import flops_of
 from muon_dist.polar.newton_schulz import moment_count, orthogonalize_batch
 from muon_dist.polar.polynomials import minimax_schedule, schedule_for

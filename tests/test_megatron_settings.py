@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from muon_dist.integrations.megatron import layout
+from muon_dist.integrations.megatron import MuonDistConfig, layout
 from muon_dist.integrations.megatron.settings import (
     COEFFICIENTS,
     REFUSED,
-    MuonDistConfig,
     arguments,
     coefficients,
     completed,

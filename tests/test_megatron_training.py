@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from muon_dist.run.bootstrap import free_port
+
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("megatron.training") is None, reason="megatron.training comes with megatron-core 0.19 (Python 3.12)"
@@ -62,7 +64,7 @@ def test_other_optimizers_stay_megatrons() -> None:
 def test_one_line_in_the_script_does_the_same_wherever_it_stands(first: str) -> None:
     lines = [f"import {first}", "import muon_dist.integrations.megatron", "import runpy, sys", "sys.argv = sys.argv[1:]"]
     code = "; ".join([*lines, "runpy.run_path(sys.argv[0], run_name='__main__')"])
-    where = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29633"}
+    where = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     flags = [*SMALL, "--optimizer", "muon_dist", "--muon-coverage", "0.8"]
     (rank,) = told(run([sys.executable, "-c", code, "tests/megatron_pretrain.py", *flags], **where))
     assert rank["optimizer"] == "MuonDistOptimizer" and max(rank["steps"]) <= 6
@@ -96,7 +98,7 @@ def test_the_launch_script_says_what_is_wrong() -> None:
 
 PARSE = """
 import json, sys
-from muon_dist.bench.megatron_host import run_without_cuda
+from muon_dist.example.megatron_host import run_without_cuda
 run_without_cuda()
 import muon_dist.integrations.megatron as ours
 from muon_dist.integrations.megatron.settings import arguments, completed
@@ -128,8 +130,9 @@ def test_the_examples_pass_megatrons_parser_and_checks(name: str, ranks: int) ->
     more += [] if name == "quickstart" else ["--tokenizer-type", "NullTokenizer", "--vocab-size", "128256"]
     found = parsed(*" ".join(lines).split(), *more, ranks=ranks)
     assert found["asked"] and found["optimizer"] == "adam" and found["flat"]
-    assert found["given"]["ns_steps"] == "adaptive" and found["given"]["coverage"] == "0.9" and found["given"]["nesterov"] == "True"
-    assert float(found["given"]["extra_scale_factor"]) == pytest.approx(1.0)  # 0.2 of √max, five times match_rms_adamw's
+    given = found["given"]
+    assert [given[key] for key in ("ns_steps", "accuracy", "coverage", "nesterov")] == ["adaptive", "jordan5", "None", "True"]
+    assert float(given["extra_scale_factor"]) == pytest.approx(1.0)  # 0.2 of √max, five times match_rms_adamw's
 
 
 def test_not_given_is_told_apart_from_megatrons_defaults() -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from muon_dist.cli.models import model_parameters
-from muon_dist.cli.plan import plan_model
 from muon_dist.groups import PlanOptions
+from muon_dist.planner.models import model_parameters
+from muon_dist.planner.plan import plan_model
 from muon_dist.sharding.exchange import route_bucket
 from muon_dist.sharding.layout import Placement, ShardLayout, box_numel, fragment_numel, whole
 from muon_dist.sharding.owners import FLOPS_PER_BYTE

@@ -54,7 +54,7 @@ def leave_everything_behind() -> None:
     """What careless tests do."""
     import deepspeed
 
-    from muon_dist.bench.megatron_host import Setup, initialize
+    from muon_dist.example.megatron_host import Setup, initialize
     from muon_dist.polar import newton_schulz
 
     initialize(Setup())

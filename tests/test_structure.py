@@ -1,20 +1,56 @@
-"""The law of imports: mathematics knows no ranks, sharding knows no Muon, and hosts stay in their integrations."""
+"""The law of imports: mathematics knows no ranks, sharding knows no Muon, hosts stay in their integrations, and nothing goes in circles."""
 
 import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# What the modules of a room may import of ours. Everything else in muon_dist/ is the optimizer and may import all three.
-ALLOWED = {"polar": {"polar"}, "sharding": {"sharding"}, "spectrum": {"spectrum", "polar"}, "run": {"run"}}
+# What the modules of a room may import of ours; "optimizer" is the modules of muon_dist/ itself.
+MATHEMATICS = {"polar", "sharding", "spectrum"}
+ALLOWED = {
+    "polar": {"polar"},
+    "sharding": {"sharding"},
+    "spectrum": {"spectrum", "polar"},
+    "run": {"run"},
+    "example": {"example"},
+    "optimizer": MATHEMATICS | {"run", "optimizer"},
+    "integrations": MATHEMATICS | {"run", "optimizer", "integrations"},
+    "planner": MATHEMATICS | {"optimizer", "planner"},
+    "show": MATHEMATICS | {"run", "optimizer", "planner", "show"},
+    "bench": MATHEMATICS | {"run", "optimizer", "planner", "show", "example", "integrations", "bench"},
+    "cli": MATHEMATICS | {"run", "optimizer", "planner", "show", "bench", "cli"},
+    "launch": MATHEMATICS | {"run", "optimizer", "planner", "show", "example", "integrations"},
+}
 OPTIONAL = {"matplotlib", "wandb", "safetensors", "mpi4py", "triton"}  # imported only by the function that needs one
 HOSTS = {"deepspeed", "megatron", "transformers", "accelerate", "lightning"}
-# The rooms of integrations/, each with the hosts that it may import.
+# The rooms that know hosts, each with those that it may import.
+KNOWING = {"bench": HOSTS, "example": {"megatron"}, "launch": HOSTS}
 INTEGRATIONS = {"deepspeed": {"deepspeed"}, "megatron": {"megatron"}, "transformers": {"transformers"}}
+
+
+def files() -> dict[str, Path]:
+    """Every file of ours by the name that it is imported by; launch/ is a folder of scripts, which import each other by their names."""
+    result = {}
+    for path in (path for folder in ("muon_dist", "integrations", "launch") for path in (ROOT / folder).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        parts = ("muon_dist", *parts) if parts[0] == "integrations" else parts[1:] if parts[0] == "launch" else parts
+        result[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return result
+
+
+FILES = files()
+ROOMS = {path.name for path in (ROOT / "muon_dist").iterdir() if path.is_dir() and path.name != "__pycache__"} | {"integrations"}
+
+
+def room_of(name: str) -> str:
+    """The room of a dotted name of ours."""
+    parts = name.split(".")
+    return "launch" if parts[0] != "muon_dist" else parts[1] if len(parts) > 1 and parts[1] in ROOMS else "optimizer"
 
 
 def imports(path: Path) -> set[str]:
     """Absolute dotted names of everything a file imports."""
     package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    package = ("muon_dist", *package) if package[0] == "integrations" else package[1:] if package[0] == "launch" else package
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -27,17 +63,24 @@ def imports(path: Path) -> set[str]:
 
 
 def test_rooms_import_only_what_the_law_allows() -> None:
-    files = list((ROOT / "muon_dist").rglob("*.py"))
-    assert len(files) > 15
-    for path in files:
-        room = path.relative_to(ROOT / "muon_dist").parts[0]
-        ours = {name.split(".")[1] for name in imports(path) if name.startswith("muon_dist.")}
-        if room in ALLOWED:
-            assert ours <= ALLOWED[room], f"{path} imports {ours - ALLOWED[room]}"
-        elif room not in ("cli", "bench"):
-            assert not ours & {"cli", "bench", "integrations"}, f"{path} imports {ours}"
-        if room != "bench":
-            assert not {name.split(".")[0] for name in imports(path)} & HOSTS, f"{path} imports a host framework"
+    assert len(FILES) > 100 and set(ALLOWED) == ROOMS | {"optimizer", "launch"}
+    for name, path in FILES.items():
+        room = room_of(name)
+        ours = {room_of(other) for other in imports(path) if other.startswith("muon_dist.")}
+        assert ours <= ALLOWED[room], f"{path} imports {ours - ALLOWED[room]}"
+        if room != "integrations":
+            hosts = {other.split(".")[0] for other in imports(path)} & HOSTS
+            assert hosts <= KNOWING.get(room, set()), f"{path} imports {hosts}"
+
+
+def test_no_file_imports_one_that_imports_it() -> None:
+    """No circles, of any length, imports for types and inside functions included."""
+    graph = {name: {other for other in imports(path) if other in FILES and other != name} for name, path in FILES.items()}
+    # a package that gathers names from its files is no part of what these files need
+    graph = {name: {other for other in needed if not name.startswith(f"{other}.")} for name, needed in graph.items()}
+    while leaves := {name for name, needed in graph.items() if not needed}:
+        graph = {name: needed - leaves for name, needed in graph.items() if name not in leaves}
+    assert not graph, f"circles among {sorted(graph)}"
 
 
 def test_integrations_import_their_own_host_only() -> None:
@@ -46,7 +89,6 @@ def test_integrations_import_their_own_host_only() -> None:
     for path in (ROOT / "integrations").glob("*/*.py"):
         names = {name.split(".")[0] for name in imports(path)}
         assert names & HOSTS <= INTEGRATIONS[path.parent.name], f"{path} imports {names & HOSTS}"
-        assert not {name for name in imports(path) if name.startswith(("muon_dist.cli", "muon_dist.bench"))}
     for path in (ROOT / "integrations").glob("*.py"):  # what they share
         assert not {name.split(".")[0] for name in imports(path)} & HOSTS, f"{path} imports a host framework"
 
@@ -61,8 +103,7 @@ def test_the_library_needs_only_torch_and_numpy() -> None:
 
     for path in (ROOT / "muon_dist").rglob("*.py"):
         outside = {name.split(".")[0] for name in imports(path)} - {"muon_dist", "torch", "numpy", *sys.stdlib_module_names}
-        measured = HOSTS if path.parent.name == "bench" else set()
-        assert outside <= OPTIONAL | measured, f"{path} imports {outside}"
+        assert outside <= OPTIONAL | KNOWING.get(path.parent.name, set()), f"{path} imports {outside}"
         nodes = ast.parse(path.read_text()).body
         if path.name == "kernels.py":  # needs Triton as a whole, and is itself imported only by the function that needs it
             continue

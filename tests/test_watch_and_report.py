@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from muon_dist.cli.main import main
-from muon_dist.cli.run_log import read_log
 from muon_dist.run.lines import append_lines
+from muon_dist.show.run_log import read_log
 
 from .jobs import LOGS, SIZE, SMALL, train
 

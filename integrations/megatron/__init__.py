@@ -12,9 +12,9 @@ if sys.argv[0] == "-m" and __name__ in sys.orig_argv and len(sys.argv) > 1:
     sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[1])))
 
 from .arguments import add_muon_dist_args
+from .config import MuonDistConfig
 from .host import register
 from .optimizer import MuonDistOptimizer, get_muon_dist_optimizer
-from .settings import MuonDistConfig
 
 register()
 

@@ -35,7 +35,7 @@ from muon_dist.version import __version__ as version
 from ..part import Part, View, new_state, not_finite
 from ..settings import DEFAULTS, naming
 from .parameters import Described, Groups, current_device, describe, groups_of, whole_model
-from .settings import FLAGS, MuonDistConfig, arguments, completed, plan_options, refuse_unsupported
+from .settings import FLAGS, MuonDistSettings, arguments, completed, plan_options, refuse_unsupported
 from .wrappers import FlatBuffers, Piece, absent, pieces, whole_piece
 
 # What saved groups carry of ours: Megatron's wrappers pass groups through as they are
@@ -76,7 +76,7 @@ class MuonDist(torch.optim.Optimizer):
         config: Megatron's.
     """
 
-    def __init__(self, wrapper: Any, described: Mapping[Tensor, Described], given: Mapping[str, Any], config: MuonDistConfig) -> None:
+    def __init__(self, wrapper: Any, described: Mapping[Tensor, Described], given: Mapping[str, Any], config: MuonDistSettings) -> None:
         super().__init__([{"params": []}], {})
         self.param_groups = wrapper.optimizer.param_groups
         self._wrapper, self._described, self._given, self._config = wrapper, described, dict(given), config
@@ -293,7 +293,7 @@ class MuonDistOptimizer(ChainedOptimizer):
     """
 
     def __init__(
-        self, chained_optimizers: list[Any], groups: Groups, routes: list[Route], config: MuonDistConfig, given: Mapping[str, Any]
+        self, chained_optimizers: list[Any], groups: Groups, routes: list[Route], config: MuonDistSettings, given: Mapping[str, Any]
     ) -> None:
         super().__init__(chained_optimizers)
         self._groups, self._config, self._given = groups, config, given
@@ -452,7 +452,7 @@ def get_muon_dist_optimizer(
     return MuonDistOptimizer(wrappers, groups, [each.route for each in described.values()], config, given)
 
 
-def _telemetry(config: MuonDistConfig) -> Telemetry | None:
+def _telemetry(config: MuonDistSettings) -> Telemetry | None:
     if config.muon_telemetry_dir is None and not config.muon_telemetry_sinks:
         return None
     if config.muon_num_ns_steps != "adaptive":

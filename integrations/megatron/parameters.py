@@ -17,7 +17,7 @@ from muon_dist.sharding.layout import ShardLayout
 
 from ..part import all_holders
 from .layout import EXPERT, WholeParameter, cut_dimension, fused_rows, model_parameters, whole_parameter
-from .settings import MuonDistConfig
+from .settings import MuonDistSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def current_device() -> torch.device:
     return torch.device(torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def describe(model_chunks: Sequence[nn.Module], config: MuonDistConfig, groups: Groups) -> dict[Tensor, Described]:
+def describe(model_chunks: Sequence[nn.Module], config: MuonDistSettings, groups: Groups) -> dict[Tensor, Described]:
     """Every trainable parameter of this rank's model: its route, and its layout from the elements that a rank stores. Collective."""
     expert_parallel = groups.ep
     parameters = list(
@@ -123,7 +123,7 @@ def _route(name: str, p: Any, module: nn.Module, asked: tuple[str, str] | None) 
     return route_parameter(name, p, module=module)
 
 
-def _asked(names: Sequence[str], config: MuonDistConfig) -> dict[str, tuple[str, str]]:
+def _asked(names: Sequence[str], config: MuonDistSettings) -> dict[str, tuple[str, str]]:
     """What the patterns ask for: name -> (algorithm, pattern). Collective: a pattern may match on another pipeline stage only.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a Megatron user sets: a config with fields for everything, how it reads as MuonDist's arguments, and what is refused."""
+"""What a Megatron user sets: a dataclass with fields for everything, how it reads as MuonDist's arguments, and what is refused."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ PRECISIONS = ("low", "medium", "high", "highest")
 
 
 @dataclass
-class MuonDistConfig(OptimizerConfig):
+class MuonDistSettings(OptimizerConfig):
     """Megatron's `OptimizerConfig` with what MuonDist takes beside it. The command line fills it from `--muon-*` flags.
 
     Fields that Megatron's Muon has keep their meaning; those below without a comment are described in `muon_dist.MuonDist`.
-    Megatron-Bridge calls `provide`.
     """
 
     optimizer: str = NAME
@@ -55,13 +54,6 @@ class MuonDistConfig(OptimizerConfig):
     muon_adamw_params: Sequence[str] = field(default_factory=tuple)  # … and to AdamW
     muon_telemetry_dir: str | None = None
     muon_telemetry_sinks: Sequence[str] = field(default_factory=tuple)
-
-    def provide(self, model_chunks: Any, **options: Any) -> Any:
-        """The optimizer, for hosts that ask their config for it (Megatron-Bridge)."""
-        from .optimizer import get_muon_dist_optimizer
-
-        chunks = list(model_chunks) if isinstance(model_chunks, (list, tuple)) else [model_chunks]
-        return get_muon_dist_optimizer(self, chunks, **options)
 
 
 # Coefficients by Megatron's names, as in Emerging-Optimizers 0.3.0 (muon_utils.py), and what follows the last: the last again, or
@@ -146,7 +138,7 @@ def coefficients(name: str, steps: int) -> tuple[Coefficients, ...]:
     return tuple(given[k % len(given)] if then == "cycle" else given[min(k, len(given) - 1)] for k in range(steps))
 
 
-def plan_options(config: MuonDistConfig) -> PlanOptions:
+def plan_options(config: MuonDistSettings) -> PlanOptions:
     """Those of the settings that decide the plan."""
     return PlanOptions(**{key: getattr(config, f"muon_{key}") for key in PLAN_KEYS})
 
@@ -273,14 +265,14 @@ def refuse_unsupported(config: Any, model_chunks: Sequence[nn.Module]) -> None:
             raise ValueError(f"MuonDist does not support {setting} in Megatron: {reason}")
 
 
-def completed(config: Any, source: Any = None) -> MuonDistConfig:
-    """A `MuonDistConfig` from Megatron's own config and, for our fields, the namespace of its command line.
+def completed(config: Any, source: Any = None) -> MuonDistSettings:
+    """A `MuonDistSettings` from Megatron's own config and, for our fields, the namespace of its command line.
 
     Where MuonDist's default is another than Megatron's, Megatron's default counts as not given.
     """
-    if isinstance(config, MuonDistConfig):
+    if isinstance(config, MuonDistSettings):
         return config
-    names = {f.name for f in dataclasses.fields(MuonDistConfig)}
+    names = {f.name for f in dataclasses.fields(MuonDistSettings)}
     kept = {
         f.name: getattr(config, f.name)
         for f in dataclasses.fields(config)
@@ -288,7 +280,7 @@ def completed(config: Any, source: Any = None) -> MuonDistConfig:
     }
     unsaid = set(TOLD_APART) - set(getattr(source, GIVEN, ()))
     own = {name: getattr(source, name) for name in names - unsaid if name.startswith("muon_") and hasattr(source, name)}
-    result = MuonDistConfig(**{**kept, **own})
+    result = MuonDistSettings(**{**kept, **own})
     for name, value in vars(config).items():  # what it learned since, such as timers
         if name not in own and name not in TOLD_APART:
             setattr(result, name, value)

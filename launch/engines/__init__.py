@@ -13,7 +13,7 @@ from options import Options
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from muon_dist.bench.small_gpt import GPT
+from muon_dist.example.small_gpt import GPT
 from muon_dist.run import Checkpoint
 
 Read = Callable[[int], tuple[Tensor, Tensor]]  # number of a micro batch in its step -> tokens and targets, (windows, context) int64

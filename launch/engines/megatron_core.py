@@ -9,7 +9,7 @@ import torch
 from options import Options, micro_batches
 from torch import Tensor
 
-from muon_dist.bench import megatron_host
+from muon_dist.example import megatron_host
 from muon_dist.run import Checkpoint
 
 from . import Engine, Read, Stopwatch, muon_settings

@@ -14,17 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cli.table import table, write_json
+from ..example.small_gpt import GPT, read_text, windows
 from ..optimizer import MuonDist
 from ..polar.cost import flops
 from ..polar.newton_schulz import orthogonalize
 from ..polar.polynomials import TOLERANCE, Schedule, widest_schedule
 from ..polar.products import products_on
 from ..routing import build_param_groups
+from ..show.table import table, write_json
 from ..spectrum.bidiagonal import RowShard, golub_kahan_quantiles
 from ..spectrum.moments import NOISE_FLOOR, QUANTILES, spectrum_from_moments
 from ..spectrum.policy import FIVE, Policy, Work
-from .small_gpt import GPT, read_text, windows
 
 # Models whose momentum is taken where no file is given: name -> (options, batch, steps)
 MODELS: dict[str, tuple[dict[str, Any], int, tuple[int, ...]]] = {

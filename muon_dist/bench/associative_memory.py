@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..cli.picture import pyplot
-from ..cli.table import table, write_json
 from ..polar.newton_schulz import orthogonalize
 from ..polar.polynomials import Schedule, schedule_for, widest_schedule
+from ..show.picture import pyplot
+from ..show.table import table, write_json
 from ..spectrum.policy import choose_schedule
 
 ITEMS, GROUPS, NOISE = 256, 32, 0.1

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
-from ..cli.table import table, write_json
+from ..example.small_gpt import GPT, read_text, windows
 from ..polar.newton_schulz import orthogonalize_batch
 from ..run.bootstrap import end_process_group
-from .small_gpt import GPT, read_text, windows
+from ..show.table import table, write_json
 from .traffic import Received, tensors_in
 
 ADAMW, THEIRS, FIVE, ADAPTIVE = "AdamW", "DeepSpeed's Muon", "MuonDist, 5 steps", "MuonDist, adaptive"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from ..example.small_gpt import GPT, read_text, windows
 from ..optimizer import MuonDist
 from ..routing import build_param_groups
-from .small_gpt import GPT, read_text, windows
 
 CONTEXT, BATCH = 128, 16
 

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..cli.table import si, table, write_json
+from ..example import megatron_host as host
+from ..example.small_gpt import read_text, windows
 from ..run.bootstrap import end_process_group
-from . import megatron_host as host
-from .small_gpt import read_text, windows
+from ..show.table import si, table, write_json
 from .traffic import Received
 
 FIVE, ADAPTIVE = "MuonDist, 5 steps", "MuonDist, adaptive"

@@ -18,13 +18,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from ..cli.table import table, write_json
 from ..polar import newton_schulz
 from ..polar.cost import flops, form_name, segments_of
 from ..polar.newton_schulz import default_compute_dtype, dtype_named, orthogonalize_batch
 from ..polar.polynomials import JORDAN, Schedule, schedule_for
 from ..polar.products import SymmetricProducts, check_kernels
 from ..polar.restarts import single_steps
+from ..show.table import table, write_json
 from .peers import newton_schulz as torch_iteration
 from .timing import device_name, device_of, spread, times_in_turns
 from .timing import seconds as seconds_of

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..cli.table import table, write_json
 from ..optimizer import MuonDist
 from ..polar.newton_schulz import default_compute_dtype, moment_count, orthogonalize_batch
 from ..polar.polynomials import Schedule
+from ..show.table import table, write_json
 from ..spectrum.policy import Policy
 from ..spectrum.record import WIDTH_OF_DECISION
 from .timing import device_name, device_of, seconds

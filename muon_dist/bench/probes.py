@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cli.table import table, write_json
 from ..polar.flattening import flatten_dominant
 from ..polar.newton_schulz import default_compute_dtype, orthogonalize_batch
 from ..polar.polynomials import schedule_for
+from ..show.table import table, write_json
 from .timing import device_name, device_of, spread, times_in_turns
 
 GRAPH_SHAPES = ((12, 768, 768), (4, 768, 3072), (4, 1024, 4096))  # batches as a bucket of 64 MiB has them

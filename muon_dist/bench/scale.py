@@ -23,16 +23,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.multiprocessing.spawn import spawn
 
-from ..cli.models import ModelParameter, active_share, model_parameters
-from ..cli.picture import pyplot
-from ..cli.plan import placements, plan_of
-from ..cli.table import si, table, write_json
 from ..groups import PlanOptions
 from ..optimizer import MuonDist
+from ..planner.models import ModelParameter, active_share, model_parameters
+from ..planner.plan import placements, plan_of
 from ..polar.newton_schulz import orthogonalize_batch
 from ..polar.polynomials import schedule_for
 from ..sharding.layout import fragment_numel
 from ..sharding.plan import Plan
+from ..show.picture import pyplot
+from ..show.table import si, table, write_json
 from .simulation import APPLY_BYTES, MOMENTUM_BYTES, Rates, Timeline, Work, simulate
 from .step import GPT2_SMALL_LAYER, on_rank
 from .timing import times_in_turns

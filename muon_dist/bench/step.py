@@ -24,12 +24,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.multiprocessing.spawn import spawn
 
-from ..cli.models import model_parameters
-from ..cli.table import table, write_json
 from ..groups import PlanOptions
 from ..optimizer import MuonDist
+from ..planner.models import model_parameters
 from ..polar.matrix_view import matrices_of
 from ..run.bootstrap import end_process_group
+from ..show.table import table, write_json
 from ..spectrum.scaling_law import ScalingLaws, layer_kind, relative_depths, shipped_laws
 from .peers import DionMuon, NaiveShardedMuon, TorchMuon
 from .timing import device_name, device_of, host_seconds, spread, times_in_turns

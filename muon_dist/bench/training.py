@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cli.picture import pyplot
-from ..cli.table import table, write_json
+from ..example.small_gpt import GPT, read_text, windows
 from ..optimizer import MuonDist
 from ..polar.cost import flops
 from ..polar.polynomials import widest_schedule
 from ..routing import build_param_groups
-from .small_gpt import GPT, read_text, windows
+from ..show.picture import pyplot
+from ..show.table import table, write_json
 from .timing import device_name, device_of, now
 
 # Twelve generated steps and three of Newton–Schulz's own: the polar factor of all that floating point resolves

@@ -24,12 +24,8 @@ SHAPES = [(48, 40), (33, 17), (5, 64)]
 BOUND = {torch.float64: 1e-10, torch.float32: 2e-5}
 
 
-def run(launcher: str | None = None) -> int:
-    """Check this installation with two ranks; or, as each rank of a job that `launcher` started, the job."""
-    if launcher is not None:
-        from . import doctor_launcher
-
-        return doctor_launcher.run(launcher)
+def run() -> int:
+    """Check this installation with two ranks."""
     print(f"muon_dist {__version__}, Python {platform.python_version()}, {platform.platform()}")
     packages = ("torch", "numpy", "deepspeed", "megatron-core", "emerging-optimizers", "transformers", "mpi4py", "triton")
     versions = installed_versions(packages)

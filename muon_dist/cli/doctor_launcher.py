@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from ..run import Watchdog, end_process_group, find_ranks, start_process_group
+from ..show.table import table
 from ..version import __version__, installed_versions
 from .doctor import largest_error, verdict
-from .table import table
 
 EXAMPLES = {
     "torchrun": "torchrun --standalone --nproc_per_node 2 --no-python muon-dist doctor --launcher torchrun",

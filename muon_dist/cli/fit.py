@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from ..show.picture import pyplot
+from ..show.table import table
 from ..spectrum.moments import QUANTILES
 from ..spectrum.scaling_law import COLUMNS, Law, Observation, ScalingLaws, read_observations, shipped_laws
 from ..telemetry import read_run
-from .picture import pyplot
-from .table import table
 
 SETTLED = 0.25  # a quantile has settled once it stays within this of its final value, relative
 

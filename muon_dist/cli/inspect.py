@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from ..planner.models import model_parameters
 from ..polar.matrix_view import matrices_of
 from ..polar.scaling import update_scale
-from .models import model_parameters
-from .table import si, table, write_json
+from ..show.table import si, table, write_json
 
 
 def run(model: str, adjust_lr_fn: str, json_path: str | None) -> int:

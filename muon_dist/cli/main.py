@@ -198,9 +198,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.command == "doctor":
-        from . import doctor
+        from . import doctor, doctor_launcher
 
-        return doctor.run(arguments.launcher)
+        return doctor.run() if arguments.launcher is None else doctor_launcher.run(arguments.launcher)
     if arguments.command == "inspect":
         from . import inspect
 
@@ -221,15 +221,15 @@ def _run(arguments: argparse.Namespace) -> int:
             json_path=arguments.json,
         )
     if arguments.command == "spectrum":
-        from . import spectrum
+        from ..show import spectrum
 
         return spectrum.run(arguments.run, arguments.picture, arguments.json)
     if arguments.command == "watch":
-        from . import watch
+        from ..show import watch
 
         return watch.run(arguments.run, arguments.every, arguments.once)
     if arguments.command == "report":
-        from . import report
+        from ..show import report
 
         return report.run(arguments.runs, arguments.out)
     if arguments.command == "fit":

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from muon_dist.bench.megatron_host import whole_matrices
+from muon_dist.example.megatron_host import whole_matrices
 
 from .. import megatron_hosts as hosts
 from ..megatron_hosts import Setup

@@ -16,7 +16,7 @@ if "RANK" in os.environ and "muon_dist.integrations.megatron" in sys.orig_argv:
     run_path = runpy.run_path
 
     def without_cuda(*args: Any, **options: Any) -> Any:
-        from muon_dist.bench.megatron_host import run_without_cuda
+        from muon_dist.example.megatron_host import run_without_cuda
 
         run_without_cuda()
         import torch

@@ -1,0 +1,1 @@
+"""The small models that launch/ trains, and that the benches measure."""
