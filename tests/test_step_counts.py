@@ -316,7 +316,7 @@ def test_frozen_matrices_neither_travel_nor_are_orthogonalised() -> None:
 
 def rerouted(world: int) -> tuple[int, int, int]:
     """Of how many buckets the route is made anew where the schedule of one matrix changes; of all; and on the other ranks."""
-    from muon_dist import binding
+    from muon_dist import domain as domains
 
     model = models.make_bank([(12, 8)] * 8, torch.float32)
     optimizer = MuonDist(model.named_parameters(), bucket_mb=0.0004, burn_in=100)
@@ -324,14 +324,14 @@ def rerouted(world: int) -> tuple[int, int, int]:
     models.average_replicas(model)
     optimizer.step()
     (domain,) = optimizer._domains
-    own, routed = binding.route_bucket, []
-    binding.route_bucket = lambda plan, bucket, *rest: routed.append(bucket) or own(plan, bucket, *rest)
+    own, routed = domains.route_bucket, []
+    domains.route_bucket = lambda plan, bucket, *rest: routed.append(bucket) or own(plan, bucket, *rest)
     try:
         before = list(domain.exchange.routes)
         domain.adaptation.schedules[0] = Policy().schedule(Choice(0, 3, 0.28))
         domain.regroup([0])
     finally:
-        binding.route_bucket = own
+        domains.route_bucket = own
     same = sum(a is b for a, b in zip(before, domain.exchange.routes, strict=True))
     assert same == len(before) - len(routed) and domain.batch_keys[0][1] == domain.adaptation.schedules[0]
     return len(routed), len(before), int(domain.plan.owners[0] == domain.me)
