@@ -55,5 +55,6 @@ class BoundParameter:
 
 
 def stored_as_box(bound: BoundParameter, me: int) -> bool:
+    """Whether a rank's tensor is one box of the whole parameter, and no flat fragment of it."""
     fragment = bound.placement.fragments[me]
     return len(fragment) == 1 and box_shape(fragment[0]) == tuple(bound.local.shape)

@@ -27,17 +27,17 @@ KNOWING = {"bench": HOSTS, "example": {"megatron"}, "launch": HOSTS}
 INTEGRATIONS = {"deepspeed": {"deepspeed"}, "megatron": {"megatron"}, "transformers": {"transformers"}}
 
 
-def files() -> dict[str, Path]:
-    """Every file of ours by the name that it is imported by; launch/ is a folder of scripts, which import each other by their names."""
-    result = {}
-    for path in (path for folder in ("muon_dist", "integrations", "launch") for path in (ROOT / folder).rglob("*.py")):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        parts = ("muon_dist", *parts) if parts[0] == "integrations" else parts[1:] if parts[0] == "launch" else parts
-        result[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return result
+def imported_as(path: Path) -> tuple[str, ...]:
+    """What a file of ours is imported as; launch/ is a folder of scripts, which import each other by their names."""
+    folder, *parts = path.relative_to(ROOT).with_suffix("").parts
+    return {"integrations": ("muon_dist", "integrations", *parts), "launch": (*parts,)}.get(folder, (folder, *parts))
 
 
-FILES = files()
+FILES = {
+    ".".join(part for part in imported_as(path) if part != "__init__"): path
+    for folder in ("muon_dist", "integrations", "launch")
+    for path in (ROOT / folder).rglob("*.py")
+}
 ROOMS = {path.name for path in (ROOT / "muon_dist").iterdir() if path.is_dir() and path.name != "__pycache__"} | {"integrations"}
 
 
@@ -49,8 +49,7 @@ def room_of(name: str) -> str:
 
 def imports(path: Path) -> set[str]:
     """Absolute dotted names of everything a file imports."""
-    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    package = ("muon_dist", *package) if package[0] == "integrations" else package[1:] if package[0] == "launch" else package
+    package = imported_as(path)[:-1]
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
