@@ -173,7 +173,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         optimizer,
         "accuracy",
-        "for adaptive steps: no further from UVᵀ than so many Jordan steps (default jordan5)",
+        "for adaptive steps: no further from UVᵀ than so many Jordan steps (default jordan4)",
         choices=[f"jordan{k}" for k in range(3, 9)],
     )
     add(optimizer, "coverage", "for adaptive steps, instead: share of directions to bring near 1, at any price", type=float)

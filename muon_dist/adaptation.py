@@ -170,7 +170,7 @@ class Adaptation:
     def _choice(self, row: int) -> Choice:
         """What is in force; bounds that have changed since it was chosen hold at once."""
         choice, policy = Choice.of(self.rows[row, columns.DEFLATION : columns.TOL + 1]), self._policies[row]
-        return choice._replace(steps=min(max(choice.steps, policy.min_ns_steps), policy.max_ns_steps))
+        return choice._replace(steps=min(max(choice.steps, policy.fewest), policy.max_ns_steps))
 
     def begin_step(self) -> list[int]:
         """Let decisions take effect, decide on what was measured, and set what this step measures; which matrices were decided anew."""

@@ -81,12 +81,13 @@ class MuonDist(torch.optim.Optimizer):
             None: "jordan" for a fixed number of steps, "minimax" for adaptive ones (which take these two only).
         deflation: dominant singular values of every matrix that are lowered first to lie among the others, which are then iterated at
             their own scale: fewer steps for the cost of 12·deflation·m·n operations. None: none for fixed steps; for adaptive ones as many
-            as make the whole cheapest, chosen with the steps.
-        accuracy: for adaptive steps: "jordan5" (the default), the cheapest steps that leave a matrix no further from its polar factor than
-            five Jordan steps, and none that are dearer; "jordan3" to "jordan8" likewise.
+            as make the whole cheapest, up to an eighth of the rank, chosen with the steps.
+        accuracy: for adaptive steps: "jordan4" (the default), the cheapest steps that leave a matrix no further from its polar factor than
+            four Jordan steps, and none that are dearer; "jordan3" to "jordan8" likewise.
         coverage, tol: for adaptive steps, instead: bring this share of a matrix's directions to within tol (.3) of 1, at any price.
         noise_floor: for adaptive steps: directions below this share of ‖M‖_F (1e-4) are not counted.
-        min_ns_steps, max_ns_steps: for adaptive steps: their bounds (1 and 12). With coverage, a rare measurement takes 6.
+        min_ns_steps, max_ns_steps: for adaptive steps: their bounds (2 and 12; with coverage 1 and 12, and a rare
+            measurement takes 6). With one step the loss is higher.
         measure_every, burn_in: for adaptive steps: steps between two measurements of a matrix (100), which are denser at first, and
             before the first (0). Until that takes effect, three steps later, scaling laws predict what a matrix needs.
         adjust_lr_fn: "match_rms_adamw" (0.2·√max(rows, cols)), "original" or None (√max(1, rows/cols)), "spectral"

@@ -17,6 +17,7 @@ from muon_dist import MuonDist, ShardLayout, choose_schedule, orthogonalize
 from muon_dist.adaptation import LAG, SHARED
 from muon_dist.measure import measure_spectra
 from muon_dist.polar.newton_schulz import moment_count
+from muon_dist.polar.polynomials import schedule_for
 from muon_dist.polar.products import products_on
 from muon_dist.polar.scaling import update_scale
 from muon_dist.spectrum.policy import FIVE, Work
@@ -30,6 +31,7 @@ from .test_policy import error_of
 from .test_spectrum import falling, planted
 
 MILD, STEEP = falling(48, 0.6), falling(48, 2.6)
+FOUR = schedule_for("jordan", 4)
 
 
 def planted_gradients(shapes: list[tuple[int, int]], swapped: bool) -> list[torch.Tensor]:
@@ -114,8 +116,9 @@ def test_deflation_and_the_jordan_family_adapt_too(polynomial: str) -> None:
 
 
 @pytest.mark.parametrize(("placement", "world"), [("replicas", 2), ("rows", 2), pytest.param("rows", 4, marks=MORE), ("columns", 3)])
-def test_by_default_no_matrix_is_left_further_from_its_polar_factor_than_by_five_jordan_steps(placement: str, world: int) -> None:
-    """Steps and deflated directions are chosen together, alike at every world size, and never dearer than five steps."""
+def test_by_default_no_matrix_is_left_further_from_its_polar_factor_than_by_four_jordan_steps(placement: str, world: int) -> None:
+    """Steps and deflated directions are chosen together, alike at every world size, and never dearer than five steps: what they are
+    compared with, where they are measured too."""
     alone = run_planted("replicas", 40, 20, {})
     for rank in run_ranks(world, run_planted, placement, 40, 20, {}):
         assert rank["error"] < 1e-10 and rank["used"] == alone["used"]
@@ -126,7 +129,7 @@ def test_by_default_no_matrix_is_left_further_from_its_polar_factor_than_by_five
             work = Work(*shape, torch.float64, products_on("cpu"))
             assert any(work.flops(s) <= work.flops(FIVE) for s in alone["schedules"] if (len(s), s.deflation) == (steps, deflation))
     for g, schedule in zip(planted_gradients(shapes, swapped=True), alone["last"], strict=True):
-        assert error_of(g, schedule) <= 1.1 * error_of(g, FIVE)
+        assert error_of(g, schedule) <= 1.1 * error_of(g, FOUR)
 
 
 def run_cost(steps: int) -> dict:
@@ -285,7 +288,7 @@ def test_owners_are_chosen_anew_when_step_counts_have_moved_and_momentum_moves_a
 def run_telemetry(folder: str) -> int:
     parameters = [nn.Parameter(torch.randn(24, 24)) for _ in range(3)]
     named = [(f"blocks.{k}.attn.o_proj.weight", p) for k, p in enumerate(parameters)]
-    optimizer = MuonDist(named, ns_steps="adaptive", burn_in=0, measure_every=3, telemetry_dir=folder)
+    optimizer = MuonDist(named, ns_steps="adaptive", accuracy="jordan5", burn_in=0, measure_every=3, telemetry_dir=folder)
     for step in range(14):
         for p in parameters:
             p.grad = torch.randn(24, 24, generator=torch.Generator().manual_seed(step))

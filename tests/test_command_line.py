@@ -292,11 +292,11 @@ def test_plan_with_laws_gives_steps_per_layer(tmp_path: Path, capsys: pytest.Cap
     config = str(ROOT / "configs" / "models" / "llama-8b.json")
     assert main(["plan", config, "--dp", "4", "--laws", "--json", str(tmp_path / "plan.json")]) == 0
     text = capsys.readouterr().out
-    assert "accuracy jordan5" in text and "the FLOPs of five Jordan steps" in text
+    assert "accuracy jordan4" in text and "the FLOPs of five Jordan steps" in text
     plan = json.loads((tmp_path / "plan.json").read_text())
     last = {r["kind"]: r for r in plan["predicted"] if r["depth"] == 1}
     assert set(last) == {"q", "k", "v", "o", "up", "down"}
-    assert all(r["error"] <= r["five"] for r in plan["predicted"])
+    assert all(r["error"] <= 1.6 * r["five"] and r["steps"][0] >= 2 for r in plan["predicted"])
     assert main(["plan", config, "--dp", "4", "--laws", "--coverage", "0.9", "--json", str(tmp_path / "covered.json")]) == 0
     assert "coverage 0.9" in capsys.readouterr().out
     covered = json.loads((tmp_path / "covered.json").read_text())
@@ -313,7 +313,8 @@ def test_benches_of_adaptivity_run(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["bench", "adaptive", "--data", data, "--coverage", "0.9", "--threads", "1", "--json", str(tmp_path / "a.json")]) == 0
     found = {r["variant"]: r for r in json.loads((tmp_path / "a.json").read_text())}
     five, chosen = found["five Jordan steps"], found["accuracy jordan5"]
-    assert five["flops"] == five["largest_over_five"] == 1.0 and len(found) == 5
+    assert five["flops"] == five["largest_over_five"] == 1.0 and len(found) == 7
+    assert found["accuracy jordan4"]["flops_of_the_form"] <= chosen["flops_of_the_form"]
     assert chosen["flops_of_the_form"] <= five["flops_of_the_form"] and chosen["largest_over_five"] <= 1.1
     assert found["coverage 0.9, without deflation"]["lowest"] >= 0.85
     assert main(["bench", "spectrum", "--data", data, "--threads", "1"]) == 0
@@ -344,13 +345,13 @@ def test_benches_of_adaptivity_run(tmp_path: Path, capsys: pytest.CaptureFixture
     assert (tmp_path / "ladder" / "width-32" / "spectrum.jsonl").exists()
     small = ["--steps", "3", "--seeds", "0", "1", "--width", "16", "24", "--layers", "1", "--batch", "2", "--context", "16"]
     small += ["--lr", "0.01", "--adam-lr", "0.01"]
-    small += ["--variants", "five Jordan steps", "accuracy jordan5", "AdamW", "--threads", "1", "--results", str(tmp_path / "runs.jsonl")]
+    small += ["--variants", "five Jordan steps", "adaptive steps", "AdamW", "--threads", "1", "--results", str(tmp_path / "runs.jsonl")]
     assert main(["bench", "training", *small]) == 0
     text = capsys.readouterr().out
-    assert "accuracy jordan5" in text and "width 24" in text
+    assert "adaptive steps" in text and "width 24" in text
     runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert len(runs) == 2 * 3 * 2 and all(r["flops"] == 1.0 for r in runs if r["variant"] == "five Jordan steps")
-    assert all(r["flops"] < 1.0 and 0.2 < r["rms"] < 1.3 for r in runs if r["variant"] == "accuracy jordan5")
+    assert all(r["flops"] < 1.0 and 0.2 < r["rms"] < 1.3 for r in runs if r["variant"] == "adaptive steps")
     assert main(["bench", "training", *small, "--equal-rms"]) == 0  # what was run is not run again
     again = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert again[: len(runs)] == runs and [r["equal_rms"] for r in again[len(runs) :]] == [True] * 4

@@ -131,7 +131,7 @@ def test_the_examples_pass_megatrons_parser_and_checks(name: str, ranks: int) ->
     found = parsed(*" ".join(lines).split(), *more, ranks=ranks)
     assert found["asked"] and found["optimizer"] == "adam" and found["flat"]
     given = found["given"]
-    assert [given[key] for key in ("ns_steps", "accuracy", "coverage", "nesterov")] == ["adaptive", "jordan5", "None", "True"]
+    assert [given[key] for key in ("ns_steps", "accuracy", "coverage", "nesterov")] == ["adaptive", "jordan4", "None", "True"]
     assert float(given["extra_scale_factor"]) == pytest.approx(1.0)  # 0.2 of √max, five times match_rms_adamw's
 
 

@@ -33,7 +33,7 @@ def error_of(x: torch.Tensor, schedule: object) -> float:
 
 @pytest.mark.parametrize("shape", [(200, 200), (200, 700), (330, 200)])
 @pytest.mark.parametrize("name", [*SPECTRA, "early"])
-@pytest.mark.parametrize("accuracy", ["jordan5", "jordan3", "jordan8"])
+@pytest.mark.parametrize("accuracy", ["jordan4", "jordan5", "jordan3", "jordan8"])
 def test_no_further_from_the_polar_factor_than_jordan_steps_and_never_dearer(name: str, accuracy: str, shape: tuple[int, int]) -> None:
     x = planted({**SPECTRA, "early": EARLY}[name], *shape, dtype=torch.float32)
     chosen, reference = choose_schedule(x, accuracy=accuracy), schedule_for("jordan", int(accuracy[-1]))
@@ -134,10 +134,30 @@ def test_everything_that_may_be_chosen_is_within_the_price_of_the_jordan_steps()
         assert costs == sorted(costs) and costs[-1] <= work.flops(policy.reference)
         assert (work.flops(policy.reference), Choice(0, len(policy.reference), 0.0)) in policy.choices(work)
         assert work.flops(policy.schedule(policy.prior("blocks.0.attn.q.weight", 0, 1, 0.5, work))) <= work.flops(FIVE)
-    deflations = {c.deflation for _, c in Policy().choices(Work(512, 2048, torch.float32, products_on("cpu")))}
-    assert deflations == {0, 16, 32, 64}  # a 64th would be 8
+    work = Work(512, 2048, torch.float32, products_on("cpu"))
+    assert {c.deflation for _, c in Policy().choices(work)} == {0, 16, 32, 64}  # a 64th would be 8
+    fewest = [
+        min(c.steps for _, c in p.choices(work)) for p in (Policy(), Policy(coverage=0.9), Policy(max_ns_steps=1), Policy(min_ns_steps=3))
+    ]
+    assert fewest == [2, 1, 1, 3]
     assert {c.deflation for _, c in Policy().choices(Work(64, 64, torch.float32, products_on("cpu")))} == {0, 8}
     assert {c.deflation for _, c in Policy().choices(Work(7, 64, torch.float32, products_on("cpu")))} == {0}
+
+
+@pytest.mark.parametrize("name", [*SPECTRA, "early"])
+def test_of_what_costs_the_same_the_nearest_is_taken(name: str) -> None:
+    spectrum = spectrum_from_quantiles(
+        {q: float({**SPECTRA, "early": EARLY}[name][int(200 * q)]) for q in (0.1, 0.25, 0.5, 0.75, 0.9)}, 200
+    )
+    policy = Policy()
+    best = policy.best([spectrum], WORK)
+    costs = {choice: cost for cost, choice in policy.choices(WORK)}
+    errors = {c: spectrum.error(policy.schedule(c)) for c in costs}
+    assert errors[best] == min(errors[c] for c in costs if costs[c] == costs[best])
+    for c in costs:
+        if costs[c] == costs[best] and errors[c] <= spectrum.error(schedule_for("jordan", 4)):
+            kept = policy.best([spectrum], WORK, now=c) == c  # from another band, unless that gains little
+            assert kept == (errors[c] - errors[best] < HYSTERESIS * spectrum.error(schedule_for("jordan", 4)))
 
 
 def test_the_first_step_is_never_dearer_than_five_jordan_steps_whatever_is_asked() -> None:
@@ -193,7 +213,7 @@ def test_policies_that_make_no_sense_raise(options: dict, words: str) -> None:
 
 def test_a_measurement_shows_what_the_next_decision_needs() -> None:
     """Measured with one step more than it takes, a spectrum tells the errors of all that may be chosen, to within a quarter."""
-    x, policy = planted(falling(200, 2.5, (8.0, 3.0)), 200, 260, dtype=torch.float32), Policy()
+    x, policy = planted(falling(200, 2.5, (8.0, 3.0)), 200, 260, dtype=torch.float32), Policy(accuracy="jordan5")
     for now in (Choice(12, 2, 0.2), Choice(25, 2, 0.28), Choice(6, 3, 0.2)):
         schedule = policy.schedule(policy.to_measure(now, WORK, floor=False))
         assert len(schedule) == now.steps + 1

@@ -22,7 +22,7 @@ mesh = init_device_mesh("cpu", (2,))
 torch.manual_seed(0)
 shapes = [(96, 128), (128, 96), (96, 96), (64, 256)]
 parameters = [torch.nn.Parameter(distribute_tensor(torch.randn(s), mesh, [Shard(0)])) for s in shapes]
-optimizer = MuonDist([(f"blocks.{k}.attn.q.weight", p) for k, p in enumerate(parameters)], lr=1e-2, measure_every=6)
+optimizer = MuonDist([(f"blocks.{k}.attn.q.weight", p) for k, p in enumerate(parameters)], lr=1e-2, accuracy="jordan5", measure_every=6)
 for step in range(40):
     for k, p in enumerate(parameters):
         generator = torch.Generator().manual_seed(100 * step + k)

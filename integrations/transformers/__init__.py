@@ -48,7 +48,7 @@ class MuonDistFactory:
 def optimizer_cls_and_kwargs(args: TrainingArguments, **settings: Any) -> tuple[type[MuonDistFactory], dict[str, Any]]:
     """What `Trainer(optimizer_cls_and_kwargs=...)` takes, with learning rate, weight decay and AdamW's numbers from its arguments.
 
-        trainer = Trainer(model, args, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args, accuracy="jordan5"), ...)
+        trainer = Trainer(model, args, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(args, accuracy="jordan4"), ...)
 
     Args:
         args: the Trainer's.

@@ -35,6 +35,7 @@ FIVE, ADAMW = "five Jordan steps", "AdamW"
 EIGHTH = -8  # an eighth of the width is deflated
 VARIANTS: dict[str, dict[str, Any]] = {
     FIVE: {"ns_steps": 5},
+    "adaptive steps": {"ns_steps": "adaptive"},
     "accuracy jordan5": {"accuracy": "jordan5"},
     "accuracy jordan4": {"accuracy": "jordan4"},
     "accuracy jordan5, an eighth deflated": {"accuracy": "jordan5", "deflation": EIGHTH},

@@ -12,7 +12,7 @@ from ..polar.polynomials import NAMES as POLYNOMIALS
 from ..polar.scaling import NAMES
 from ..run.bootstrap import LAUNCHERS
 from ..sharding.owners import PLACEMENTS
-from ..spectrum.policy import ACCURACIES, Policy
+from ..spectrum.policy import ACCURACIES, ACCURACY, Policy
 from ..version import __version__
 
 
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", metavar="FILE", help="also write every matrix's owner and every rank's load")
 
     plan.add_argument("--laws", action="store_true", help="steps per layer as the scaling laws predict them, instead of --ns-steps for all")
-    plan.add_argument("--accuracy", choices=ACCURACIES, help="for --laws: no further from UVᵀ than so many Jordan steps (jordan5)")
+    plan.add_argument("--accuracy", choices=ACCURACIES, help=f"for --laws: no further from UVᵀ than so many Jordan steps ({ACCURACY})")
     plan.add_argument("--coverage", type=float, help="for --laws, instead: share of directions to bring near 1")
 
     spectrum = commands.add_parser("spectrum", help="what a run with telemetry_dir measured: a table per matrix, and a picture")
@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     estimates = benches.add_parser("spectrum", help="estimated quantiles over exact ones")
     for command in (adaptive, estimates):
         command.add_argument("--data", metavar="FILE", nargs="+", help="safetensors files of matrices (default: trains small GPTs)")
-    adaptive.add_argument("--accuracy", nargs="+", choices=ACCURACIES, default=["jordan5"])
+    adaptive.add_argument("--accuracy", nargs="+", choices=ACCURACIES, default=[ACCURACY, "jordan5"])
     adaptive.add_argument("--coverage", type=float, nargs="+", default=[0.9])
     adaptive.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the products (default fp32)")
 

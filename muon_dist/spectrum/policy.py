@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
+import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,14 +27,16 @@ from .moments import NOISE_FLOOR, QUANTILES, RESOLVED_GAIN, Spectrum, spectrum_f
 from .record import MOST_STEPS, Choice, Decision
 from .scaling_law import layer_kind, shipped_laws
 
-ACCURACY = "jordan5"
+# The default, and its fewest steps: the loosest that keeps the loss of five Jordan steps (README.md, "Loss")
+ACCURACY, FEWEST = "jordan4", 2
 ACCURACIES = tuple(f"jordan{k}" for k in range(3, 9))
 
 # Generated schedules touch the band's edges all over their interval, so they are made for one that is this much narrower
 BAND_MARGIN = 0.02
 # What may be deflated, in parts of the rank; and the least, since fewer take as long (4 of 256 took twice the time of 16, measured)
 DEFLATIONS, LEAST = (64, 32, 16, 8), 16
-# Another choice is taken only where it is expected to do so much better than asked, and to save as much, so that decisions don't flicker
+# Another choice is taken only where it saves so much and does so much better than asked, or costs no more and does so much better than
+# the one in use, so that decisions don't flicker
 HYSTERESIS = 0.02
 # Where no schedule reaches the coverage, more is not paid for less than this
 WORTHWHILE = 0.01
@@ -65,15 +69,16 @@ class Policy:
     """What `ns_steps="adaptive"` was asked for.
 
     Attributes:
-        accuracy: "jordan5": the cheapest schedule that leaves a matrix no further from UVᵀ than five Jordan steps, and none that is dearer
-            than they are; "jordan3" to "jordan8" likewise. None: "jordan5", unless `coverage` is given.
+        accuracy: "jordan4": the cheapest schedule that leaves a matrix no further from UVᵀ than four Jordan steps, and none that is dearer
+            than they are; "jordan3" to "jordan8" likewise. None: "jordan4", unless `coverage` is given.
         coverage: instead, the share of the directions above the noise floor to bring within `tol` of 1, at any price.
         tol: half the width of the band around 1; .3 for None, and only with `coverage`.
-        min_ns_steps, max_ns_steps: bounds of the step count.
+        min_ns_steps, max_ns_steps: bounds of the step count. None: at least 2, or 1 with `coverage`.
         measure_every: steps between two measurements of a matrix, once the first few, which are denser, are over.
         burn_in: steps before the first measurement; until it takes effect the prior holds.
         polynomial: "minimax", generated for each step count, or "jordan".
-        deflation: dominant directions that are flattened before the steps; None: as many as are worth it.
+        deflation: dominant directions that are flattened before the steps; None: none, or 1/64 to an eighth of the rank, whatever is
+            cheapest in the end.
         floor: noise floor relative to ‖M‖_F.
         normalisation: of the generated polynomials; the Jordan family keeps Frobenius.
     """
@@ -81,7 +86,7 @@ class Policy:
     accuracy: str | None = None
     coverage: float | None = None
     tol: float | None = None
-    min_ns_steps: int = 1
+    min_ns_steps: int | None = None
     max_ns_steps: int = 12
     measure_every: int = 100
     burn_in: int = 0
@@ -111,19 +116,26 @@ class Policy:
         number("floor", 0, 0.1)
         for name, least in (("min_ns_steps", 1), ("max_ns_steps", 1), ("measure_every", 2), ("burn_in", 0), ("deflation", 0)):
             value = getattr(self, name)
-            if value is None and name == "deflation":
+            if value is None and name in ("deflation", "min_ns_steps"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         if self.max_ns_steps > MOST_STEPS:
             raise ValueError(f"max_ns_steps is at most {MOST_STEPS}, got {self.max_ns_steps}: floating point resolves no more")
-        if self.min_ns_steps > self.max_ns_steps:
+        if self.min_ns_steps is not None and self.min_ns_steps > self.max_ns_steps:
             raise ValueError(f"min_ns_steps={self.min_ns_steps} is above max_ns_steps={self.max_ns_steps}")
         if self.polynomial not in FAMILIES:
             raise ValueError(
                 f"ns_steps='adaptive' generates its polynomials and takes polynomial={' or '.join(map(repr, FAMILIES))}, not "
                 f"{self.polynomial!r}: leave polynomial out, or give a fixed ns_steps"
             )
+
+    @property
+    def fewest(self) -> int:
+        """The fewest steps that may be chosen."""
+        if self.min_ns_steps is not None:
+            return self.min_ns_steps
+        return min(FEWEST, self.max_ns_steps) if self.reference is not None else 1
 
     @property
     def band(self) -> float:
@@ -169,8 +181,8 @@ class Policy:
     ) -> Choice:
         """The cheapest choice that is enough for all of the spectra, which are of matrices of one shape; or the one that comes nearest.
 
-        `now` is the choice in use, which is kept where another saves little; `below` as in `Spectrum.coverage`; `most`: FLOPs that it must
-        not exceed.
+        Of choices that cost the same it is the nearest. `now` is the choice in use, which is kept where another saves or gains little;
+        `below` as in `Spectrum.coverage`; `most`: FLOPs that it must not exceed.
         """
         quality = self._quality(spectra, work, below)
         tried: list[Choice] = []
@@ -178,14 +190,17 @@ class Policy:
             priced = self.choices(work, deep=deep)
             allowed = [(cost, choice) for cost, choice in priced if most is None or cost <= most] or list(() if tried else priced[:1])
             tried += [choice for _, choice in allowed]
-            for cost, choice in allowed:
-                if quality(choice) < 0.0:
+            for cost, alike in itertools.groupby(allowed, key=operator.itemgetter(0)):
+                nearest = max((choice for _, choice in alike), key=quality)
+                if (better := quality(nearest)) < 0.0:
                     continue
-                if now is not None and now != choice and quality(now) >= 0.0:
+                if now is not None and now != nearest and (slack := quality(now)) >= 0.0:
                     kept = work.flops(self.schedule(now))
-                    if kept <= (most or kept) and (cost > (1 - HYSTERESIS) * kept or quality(choice) < HYSTERESIS):
+                    cheaper = cost <= (1 - HYSTERESIS) * kept and better >= HYSTERESIS
+                    closer = cost <= kept and better >= slack + HYSTERESIS
+                    if kept <= (most or kept) and not (cheaper or closer):
                         return now
-                return choice
+                return nearest
         enough = max(map(quality, tried)) - (WORTHWHILE if self.reference is None else 0.0)
         return next(choice for choice in tried if quality(choice) >= enough)
 
@@ -264,10 +279,10 @@ def _choices(policy: Policy, work: Work, deep: bool) -> tuple[tuple[int, Choice]
     else:
         deflations = sorted({0, *(min(max(LEAST, work.rank // share), work.rank // DEFLATIONS[-1]) for share in DEFLATIONS)})
     bands = policy._bands
-    counts = [k for k in range(policy.min_ns_steps, policy.max_ns_steps + 1) if (k > DEEP) == deep]
+    counts = [k for k in range(policy.fewest, policy.max_ns_steps + 1) if (k > DEEP) == deep]
     found = [Choice(d, k, tol) for d in deflations for k in counts for tol in bands]
     if (reference := policy.reference) is not None:
-        if deep and policy.min_ns_steps <= DEEP:
+        if deep and policy.fewest <= DEEP:
             return ()
         own = Choice(0, len(reference), 0.0)
         if own not in found and own.steps in counts and policy.deflation in (None, 0):
@@ -305,7 +320,7 @@ def choose_schedule(
     Args:
         x: (..., m, n), floating point. Of several matrices the one that needs most decides.
         accuracy: "jordan3" to "jordan8": leave x no further from UVᵀ than so many Jordan steps do, and take nothing dearer than they are on
-            this device. None: "jordan5", unless `coverage` is given.
+            this device; at least two steps, which training needs. None: "jordan4", unless `coverage` is given.
         coverage: instead, the share of the directions above the noise floor to bring into [1 − tol, 1 + tol], in (0, 1], at any price.
         tol: half the width of that band; None: .3.
         max_steps: the most steps to take; where they don't reach what is asked, the returned schedule's `error` and `coverage` say so.

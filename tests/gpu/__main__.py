@@ -23,7 +23,7 @@ from .report import markdown
 
 ROOT = Path(__file__).parent.parent.parent
 LLAMA = ["4096x4096", "1024x4096", "14336x4096", "4096x14336"]  # the matrices of Llama 8B
-VARIANTS = ["five Jordan steps", "accuracy jordan5", "AdamW"]
+VARIANTS = ["five Jordan steps", "adaptive steps", "AdamW"]
 
 
 @dataclass(frozen=True, kw_only=True)
