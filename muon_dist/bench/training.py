@@ -36,12 +36,8 @@ EIGHTH = -8  # an eighth of the width is deflated
 VARIANTS: dict[str, dict[str, Any]] = {
     FIVE: {"ns_steps": 5},
     "adaptive steps": {"ns_steps": "adaptive"},
+    "adaptive steps from one on": {"min_ns_steps": 1},
     "accuracy jordan5": {"accuracy": "jordan5"},
-    "accuracy jordan4": {"accuracy": "jordan4"},
-    "accuracy jordan5, an eighth deflated": {"accuracy": "jordan5", "deflation": EIGHTH},
-    "accuracy jordan4, an eighth deflated": {"accuracy": "jordan4", "deflation": EIGHTH},
-    "accuracy jordan4, an eighth deflated, at least two steps": {"accuracy": "jordan4", "deflation": EIGHTH, "min_ns_steps": 2},
-    "accuracy jordan5, measured every 10 steps": {"accuracy": "jordan5", "measure_every": 10},
     "two steps, an eighth deflated": {"ns_steps": 2, "polynomial": "minimax", "deflation": EIGHTH},
     "coverage .9": {"coverage": 0.9},
     "exact polar factor": {"ns_steps": len(EXACT), "polynomial": EXACT},
