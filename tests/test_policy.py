@@ -149,15 +149,15 @@ def test_of_what_costs_the_same_the_nearest_is_taken(name: str) -> None:
     spectrum = spectrum_from_quantiles(
         {q: float({**SPECTRA, "early": EARLY}[name][int(200 * q)]) for q in (0.1, 0.25, 0.5, 0.75, 0.9)}, 200
     )
-    policy = Policy()
+    policy, asked = Policy(), spectrum.error(schedule_for("jordan", 4))
     best = policy.best([spectrum], WORK)
     costs = {choice: cost for cost, choice in policy.choices(WORK)}
     errors = {c: spectrum.error(policy.schedule(c)) for c in costs}
     assert errors[best] == min(errors[c] for c in costs if costs[c] == costs[best])
     for c in costs:
-        if costs[c] == costs[best] and errors[c] <= spectrum.error(schedule_for("jordan", 4)):
+        if costs[c] == costs[best] and errors[c] <= asked:
             kept = policy.best([spectrum], WORK, now=c) == c  # from another band, unless that gains little
-            assert kept == (errors[c] - errors[best] < HYSTERESIS * spectrum.error(schedule_for("jordan", 4)))
+            assert kept == (errors[c] - errors[best] < HYSTERESIS * asked)
 
 
 def test_the_first_step_is_never_dearer_than_five_jordan_steps_whatever_is_asked() -> None:

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from muon_dist.sharding.owners import PLACEMENTS
-from muon_dist.spectrum.policy import ACCURACIES
+from muon_dist.spectrum.policy import ACCURACIES, ACCURACY, FEWEST
 
 from .settings import GIVEN, NAME, PRECISIONS, TOLD_APART
 
@@ -73,10 +73,14 @@ def add_muon_dist_args(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         add(theirs.option_strings[0], default=theirs.default, choices=PRECISIONS, help=theirs.help)
     add("--muon-no-split-fc1", action="store_false", dest="muon_split_fc1", help="Gate and up of a gated MLP as one matrix.")
     add("--muon-lr", type=float, help="Peak learning rate of Muon's matrices; --lr is then that of all others. Both follow the schedule.")
-    add("--muon-accuracy", choices=ACCURACIES, help="Adaptive steps leave no matrix further from UVᵀ than so many Jordan steps (jordan4).")
+    add(
+        "--muon-accuracy",
+        choices=ACCURACIES,
+        help=f"Adaptive steps leave no matrix further from UVᵀ than so many Jordan steps ({ACCURACY}).",
+    )
     add("--muon-coverage", type=float, help="Instead: share of every matrix's directions that adaptive steps bring near 1, at any price.")
     add("--muon-tol", type=float, help="For --muon-coverage: how near (.3).")
-    add("--muon-min-ns-steps", type=int, help="Fewest adaptive steps (2; 1 with --muon-coverage).")
+    add("--muon-min-ns-steps", type=int, help=f"Fewest adaptive steps ({FEWEST}; 1 with --muon-coverage).")
     add("--muon-max-ns-steps", type=int, help="Most adaptive steps (12).")
     add("--muon-measure-every", type=int, help="Steps between two measurements of a matrix's spectrum, denser at first (100).")
     add("--muon-burn-in", type=int, help="Steps before the first measurement; until then scaling laws predict (0).")

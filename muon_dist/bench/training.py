@@ -35,7 +35,7 @@ FIVE, ADAMW = "five Jordan steps", "AdamW"
 EIGHTH = -8  # an eighth of the width is deflated
 VARIANTS: dict[str, dict[str, Any]] = {
     FIVE: {"ns_steps": 5},
-    "adaptive steps": {"ns_steps": "adaptive"},
+    "adaptive steps": {},  # as they are by default
     "adaptive steps from one on": {"min_ns_steps": 1},
     "accuracy jordan5": {"accuracy": "jordan5"},
     "two steps, an eighth deflated": {"ns_steps": 2, "polynomial": "minimax", "deflation": EIGHTH},
@@ -267,7 +267,7 @@ def train(
     if options.get("deflation") == EIGHTH:
         options["deflation"] = settings.width // 8
     optimizer: MuonDist | torch.optim.AdamW
-    if options:
+    if variant != ADAMW:
         groups = build_param_groups(model, split={"attn.qkv.weight": [settings.width] * 3})
         optimizer = MuonDist(groups, lr=lr, adam_lr=settings.rest_lr, weight_decay=0.1, **options)
     else:
