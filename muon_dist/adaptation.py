@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .bound import BoundParameter
+from .domain import Ranks
 from .groups import policy_of
 from .polar.newton_schulz import moment_count
 from .polar.polynomials import Schedule
@@ -46,34 +46,23 @@ def blank_state(count: int) -> Tensor:
 
 def assign_policies(parameters: Sequence[BoundParameter], all_names: Sequence[str] = ()) -> None:
     """Give parameters of adaptive groups their policy, and where their block stands in the model."""
-    adaptive = [(b, policy) for b in parameters if b.muon and (policy := policy_of(b.group)) is not None]
+    adaptive = [(b, policy) for b in parameters if b.travels and (policy := policy_of(b.group)) is not None]
     depths = relative_depths([*(b.name for b, _ in adaptive), *all_names])
     for (b, policy), depth in zip(adaptive, depths, strict=False):  # the depths of other names are left over
         b.depth, b.policy = depth, policy
-
-
-@dataclass(kw_only=True)
-class Places:
-    """The ranks among which measurements and decisions are shared."""
-
-    me: int
-    ranks: tuple[int, ...]
-    process_group: dist.ProcessGroup | None
-    device: torch.device
 
 
 class Adaptation:
     """What is known of the matrices of one domain, what is measured at this step, and what is under way.
 
     Args:
-        parameters: the domain's, in its order; those that adapt have a policy. Matrices are numbered through all of them.
-        state: the optimizer's. "spectrum" of every parameter that adapts becomes a view of `rows`.
+        parameters: the domain's, in its order; those that adapt have a policy. Matrices are numbered through all of them. In their
+            state "spectrum" becomes a view of `rows`.
+        shared: the ranks among which measurements and decisions are shared.
     """
 
-    def __init__(
-        self, parameters: Sequence[BoundParameter], state: Mapping[Tensor, dict[str, Tensor]], places: Places, products: SymmetricProducts
-    ) -> None:
-        self.places = places
+    def __init__(self, parameters: Sequence[BoundParameter], shared: Ranks, products: SymmetricProducts) -> None:
+        self.shared = shared
         self.measuring: dict[int, Schedule] = {}  # matrix -> what it is orthogonalised with at this step, where it is measured
         self.changed: list[int] = []  # matrices that have another schedule at this step than at the last
         self.schedules: list[Schedule] = []
@@ -96,7 +85,7 @@ class Adaptation:
         self._tensor = torch.from_numpy(self.rows)
         self._fresh: list[int] = []  # rows that have the prior
         for b in adapting:
-            self.take_over(b, state[b.parameter])
+            self.take_over(b)
         self._share_priors()
         self._row_of = {matrix: row for row, matrix in enumerate(self._matrices)}
         self._turns = np.array(turns)
@@ -108,8 +97,8 @@ class Adaptation:
             at += len(b.matrices)
         self._buffer = torch.empty(0, device="cpu")
 
-    def take_over(self, b: BoundParameter, entry: dict[str, Tensor]) -> None:
-        """Go on from `entry["spectrum"]`, which a host may have replaced, and put a view of `rows` in its place.
+    def take_over(self, b: BoundParameter) -> None:
+        """Go on from the "spectrum" of a parameter's state, which a host may have replaced, and put a view of `rows` in its place.
 
         Raises:
             ValueError: rows of another form.
@@ -117,7 +106,7 @@ class Adaptation:
         count, policy = len(b.matrices), b.policy
         assert policy is not None
         mine = self.rows[b.row : b.row + count]
-        if (given := entry.get("spectrum")) is not None:
+        if (given := b.state.get("spectrum")) is not None:
             tol = policy.probe.tol
             rows = read_rows(given, b.name or str(b.placement.shape), deflation=policy.deflation or 0, tol=tol)
             if len(rows) == count:
@@ -132,20 +121,20 @@ class Adaptation:
                 prior = policy.prior(b.name, part, count, b.depth, self._works[b.row + part])
                 row[columns.IN_FORCE] = Decision(choice=prior).numbers()
                 self._fresh.append(b.row + part)
-        b.spectrum = entry["spectrum"] = self._tensor[b.row : b.row + count]
+        b.spectrum = b.state["spectrum"] = self._tensor[b.row : b.row + count]
 
     def _share_priors(self) -> None:
         """Take the first rank's priors: logarithms differ between CPUs in their last bits, and a law may lie at a threshold. Collective."""
-        if self.places.process_group is None or not self.active:
+        if self.shared.process_group is None or not self.active:
             return
-        chosen = torch.from_numpy(self.rows[:, columns.DEFLATION : columns.TOL + 1].copy()).to(self.places.device)
-        first = self.places.ranks[0]
-        wait_in_time(dist.broadcast(chosen, first, group=self.places.process_group, async_op=True), self.places.ranks)
+        chosen = torch.from_numpy(self.rows[:, columns.DEFLATION : columns.TOL + 1].copy()).to(self.shared.device)
+        first = self.shared.ranks[0]
+        wait_in_time(dist.broadcast(chosen, first, group=self.shared.process_group, async_op=True), self.shared.ranks)
         self.rows[self._fresh, columns.DEFLATION : columns.TOL + 1] = chosen.cpu().numpy()[self._fresh]
 
-    def taken_over(self, b: BoundParameter, entry: Mapping[str, Tensor]) -> bool:
+    def taken_over(self, b: BoundParameter) -> bool:
         """Whether the state of a parameter still holds its view of `rows`."""
-        return b.spectrum is None or entry.get("spectrum") is b.spectrum
+        return b.spectrum is None or b.state.get("spectrum") is b.spectrum
 
     @property
     def active(self) -> bool:
@@ -188,7 +177,7 @@ class Adaptation:
             self.rows[row, columns.MEASURED_WITH] = choice
             self.measuring[self._matrices[row]] = self._policies[row].schedule(choice)
         width = max((moment_count(len(s), s.deflation) for s in self.measuring.values()), default=0)
-        self._buffer = torch.zeros(len(self.measuring), width, dtype=torch.float64, device=self.places.device)
+        self._buffer = torch.zeros(len(self.measuring), width, dtype=torch.float64, device=self.shared.device)
         self._line_of = {matrix: k for k, matrix in enumerate(self.measuring)}
         return decided
 
@@ -217,10 +206,10 @@ class Adaptation:
             return
         results = np.zeros((len(due), columns.WIDTH_OF_DECISION))
         for k, row in enumerate(due.tolist()):
-            if k % len(self.places.ranks) == self.places.me:
+            if k % len(self.shared.ranks) == self.shared.me:
                 results[k] = self._decision(row).numbers()
         self.rows[due, columns.MEASURED_AT], self.rows[due, columns.MOMENTS], self.rows[due, columns.DECIDED_AT] = -1, math.nan, taken[due]
-        self._decisions.append(_Sharing(torch.from_numpy(results), due, taken[due].copy(), self.places))
+        self._decisions.append(_Sharing(torch.from_numpy(results), due, taken[due].copy(), self.shared))
 
     def _decision(self, row: int) -> Decision:
         """What a measurement makes of the decision in force. A matrix that was zero then, or whose step was skipped, tells nothing."""
@@ -249,7 +238,7 @@ class Adaptation:
         if self.measuring:
             rows = np.array([self._row_of[matrix] for matrix in self.measuring])
             self.rows[rows, columns.MEASURED_AT] = taken[rows]
-            self._moments.append(_Sharing(self._buffer, rows, taken[rows].copy(), self.places))
+            self._moments.append(_Sharing(self._buffer, rows, taken[rows].copy(), self.shared))
         taken += 1
 
     def _receive(self, taken: np.ndarray, *, all_of_it: bool = False) -> None:
@@ -269,7 +258,7 @@ class Adaptation:
 
     def is_time_for_new_owners(self) -> bool:
         """Whether owners are looked at anew before the coming step: the same answer on all ranks."""
-        if not self.active or self.places.process_group is None:
+        if not self.active or self.shared.process_group is None:
             return False
         since = int(self.rows[0, columns.TAKEN]) - int(self._burn_in.min())
         return since > 0 and since % (REBALANCE_PERIODS * int(self._every.min())) == 0
@@ -278,12 +267,12 @@ class Adaptation:
 class _Sharing:
     """Numbers on their way to all ranks and to the host, summed up: each rank has zeros where another has something to say."""
 
-    def __init__(self, numbers: Tensor, rows: np.ndarray, at: np.ndarray, places: Places) -> None:
+    def __init__(self, numbers: Tensor, rows: np.ndarray, at: np.ndarray, shared: Ranks) -> None:
         self.rows, self.at = rows, at
         self._work, self._event = None, None
-        if places.process_group is not None:
-            numbers = numbers.to(places.device, non_blocking=True)
-            self._work = dist.all_reduce(numbers, group=places.process_group, async_op=True)
+        if shared.process_group is not None:
+            numbers = numbers.to(shared.device, non_blocking=True)
+            self._work = dist.all_reduce(numbers, group=shared.process_group, async_op=True)
         self._numbers = numbers
         if numbers.device.type != "cpu":
             if self._work is not None:

@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .adaptation import Adaptation, Places, assign_policies
-from .bound import BoundParameter, stored_as_box
+from .adaptation import Adaptation, assign_policies
+from .bound import BoundParameter, Member, stored_as_box
 from .comparison import all_have, compare
-from .domain import Domain, route_of
+from .domain import Domain, Ranks
 from .groups import PlanOptions, fixed_schedule
 from .polar.cost import flops_of, form_name, segments_of, sliced_flops_of, workspace_bytes
 from .polar.matrix_view import Matrix, matrices_of
@@ -26,15 +25,11 @@ from .polar.newton_schulz import default_compute_dtype, dtype_named
 from .polar.polynomials import Schedule
 from .polar.products import SymmetricProducts
 from .rendezvous import gather_objects, meet
-from .routing import Route
-from .sharding.exchange import Exchange
 from .sharding.layout import (
     Fragment,
     Placement,
-    ShardLayout,
     dtensor_fragments,
     fragment_numel,
-    local_tensor,
     whole,
 )
 from .sharding.owners import EVEN_ENOUGH
@@ -43,59 +38,58 @@ from .sharding.tasks import MatrixTask, SlicedCost
 
 
 def bind_domains(
-    entries: Sequence[tuple[str, Tensor, dict[str, Any], Route]],
+    members: Sequence[Member],
+    groups: Sequence[Mapping[str, Any]],
     *,
     process_group: dist.ProcessGroup | None,
-    layouts: Mapping[str, ShardLayout],
     options: PlanOptions,
-    groups: dict[tuple[int, ...], dist.ProcessGroup],
-    state: Mapping[Tensor, dict[str, Tensor]],
+    made: dict[tuple[int, ...], dist.ProcessGroup],
     all_names: Sequence[str] = (),
-) -> list[Domain]:
-    """The domains of the trainable parameters, in an order equal on all ranks. Collective.
+) -> list[tuple[Domain, Adaptation]]:
+    """The domains of the members, in an order equal on all ranks, and what is known of their matrices. Collective.
 
-    `groups` keeps the process groups made here, so that binding again makes none twice. Of `state`, which is compared, only "spectrum" is
-    touched.
-    `all_names`: of the model's other parameters, where `entries` are only some; they tell how deep the model is.
+    Args:
+        members: whose state, which is compared, is left alone but for "spectrum".
+        groups: their hyperparameters, complete.
+        made: keeps the process groups made here, so that binding again makes none twice.
+        all_names: of the model's other parameters, where `members` are only some; they tell how deep the model is.
     """
-    explicit = _exchange_layouts(entries, process_group, layouts, groups)
-    bound = [_bind_parameter(*entry, process_group, explicit.get(entry[0]), layouts.get(entry[0])) for entry in entries]
+    explicit = _exchange_layouts(members, process_group, made)
+    bound = [_bind_parameter(i, m, groups[m.group], process_group, explicit.get(m.name)) for i, m in enumerate(members)]
     assign_policies(bound, all_names)
     by_ranks: dict[tuple[int, ...], list[BoundParameter]] = {}
     for b in bound:
         by_ranks.setdefault(b.ranks, []).append(b)
     domains = []
     for ranks in sorted(by_ranks, key=lambda r: (-len(r), r)):
-        members = by_ranks[ranks]
-        known = next((b.known_group for b in members if b.known_group is not None), None)
-        domains.append(_new_domain(ranks, members, _group_of(ranks, known, groups), options, state))
-    together = set(_ranks_of(process_group))
-    for domain in domains:
-        if not together.issuperset(domain.ranks):
+        together = by_ranks[ranks]
+        known = next((b.known_group for b in together if b.known_group is not None), None)
+        domains.append(_new_domain(ranks, together, _group_of(ranks, known, made), options))
+    everyone = set(_ranks_of(process_group))
+    for domain, _ in domains:
+        if not everyone.issuperset(domain.ranks):
             raise ValueError(
                 f"{domain.parameters[0].name or 'a parameter'} lives on ranks {list(domain.ranks)}, "
-                f"beyond process_group's {sorted(together)}: "
+                f"beyond process_group's {sorted(everyone)}: "
                 "a bad gradient could then skip the step on some of its ranks only. Pass a process_group that covers all of them, and "
                 "layouts for plain tensors that are replicas over fewer"
             )
-        compare(domain, state)
+        compare(domain)
     return domains
 
 
 def _bind_parameter(
-    name: str,
-    p: Tensor,
-    group: dict[str, Any],
-    route: Route,
+    index: int,
+    member: Member,
+    group: Mapping[str, Any],
     process_group: dist.ProcessGroup | None,
     explicit: tuple[tuple[int, ...], tuple[int, ...], tuple[Fragment, ...], dist.ProcessGroup | None] | None,
-    layout: ShardLayout | None,
 ) -> BoundParameter:
-    local = local_tensor(p.detach())
+    p, name, local = member.tensor, member.name, member.local
     device, known = local.device, None
     if explicit is not None:
         shape, ranks, fragments, known = explicit
-        device = device if layout is None or layout.device is None else layout.device
+        device = device if member.layout is None or member.layout.device is None else member.layout.device
         placement = Placement(name=name, shape=shape, fragments=fragments)
     elif isinstance(p, DTensor):
         shape = tuple(p.shape)
@@ -110,13 +104,12 @@ def _bind_parameter(
         shape, ranks, known = tuple(p.shape), _ranks_of(process_group), process_group
         fragment = (whole(shape),) if local.numel() else ()
         placement = Placement(name=name, shape=shape, fragments=(fragment,) * len(ranks), replicated=True)
-    bound = BoundParameter(
-        name=name, parameter=p, group=group, route=route, placement=placement, ranks=ranks, device=device, known_group=known
-    )
-    if bound.muon:
-        assert route.view is not None  # a route to Muon has a view
-        if p.requires_grad:  # one that is frozen for now keeps its state, and nothing of it travels
-            bound.matrices = matrices_of(shape, route.view, name)
+    bound = BoundParameter(member=member, index=index, group=group, placement=placement, ranks=ranks, device=device, known_group=known)
+    if bound.travels:
+        view = member.route.view
+        assert view is not None  # what travels is read as matrices
+        if member.trains:  # nothing of what is frozen travels
+            bound.matrices = matrices_of(shape, view, name)
         bound.fixed = fixed_schedule(group)
         compute = dtype_named(group["compute_dtype"], "compute_dtype") or default_compute_dtype(device, local.dtype)
         # fp16 can't carry momentum of any size, only what has been normalised
@@ -126,79 +119,58 @@ def _bind_parameter(
 
 
 def _new_domain(
-    ranks: tuple[int, ...],
-    members: list[BoundParameter],
-    group: dist.ProcessGroup | None,
-    options: PlanOptions,
-    state: Mapping[Tensor, dict[str, Tensor]],
-) -> Domain:
-    if all(b.name for b in members):
-        members = sorted(members, key=lambda b: b.name)  # so that ranks whose groups are ordered differently agree
-    devices = {b.device for b in members}
+    ranks: tuple[int, ...], parameters: list[BoundParameter], group: dist.ProcessGroup | None, options: PlanOptions
+) -> tuple[Domain, Adaptation]:
+    if all(b.name for b in parameters):
+        parameters = sorted(parameters, key=lambda b: b.name)  # so that ranks whose groups are ordered differently agree
+    devices = {b.device for b in parameters}
     if len(devices) > 1:
         raise ValueError(
             f"parameters shared by ranks {list(ranks)} lie on several devices here, {sorted(map(str, devices))}: put them on one"
         )
     device = next(iter(devices))
     products = options.products_on(device.type)
-    me = ranks.index(dist.get_rank()) if len(ranks) > 1 else 0
-    adaptation = Adaptation(members, state, Places(me=me, ranks=ranks, process_group=group, device=device), products)
-    return _planned(ranks, members, adaptation, products, options)
+    shared = Ranks(ranks=ranks, me=ranks.index(dist.get_rank()) if len(ranks) > 1 else 0, process_group=group, device=device)
+    adaptation = Adaptation(parameters, shared, products)
+    return _planned(shared, parameters, adaptation, products, options), adaptation
 
 
 def _planned(
-    ranks: tuple[int, ...],
-    members: list[BoundParameter],
-    adaptation: Adaptation,
-    products: SymmetricProducts,
-    options: PlanOptions,
+    shared: Ranks, parameters: Sequence[BoundParameter], adaptation: Adaptation, products: SymmetricProducts, options: PlanOptions
 ) -> Domain:
     """The domain with a plan for its schedules as they stand."""
-    places = adaptation.places
-    me, device, group = places.me, places.device, places.process_group
     tasks: list[MatrixTask] = []
     matrices: list[Matrix] = []
-    for position, b in enumerate(members):
+    for position, b in enumerate(parameters):
         b.position = position
         if b.matrices:
-            key = (b.fixed or "adaptive", str(b.compute_dtype), b.group["compute_dtype"] is None, b.group["eps"])
+            key = (b.group["algorithm"], b.fixed or "adaptive", str(b.compute_dtype), b.group["compute_dtype"] is None, b.group["eps"])
             schedules = adaptation.schedules[len(matrices) : len(matrices) + len(b.matrices)]
             tasks += matrix_tasks(b.name, position, b.matrices, schedules, b.compute_dtype, b.wire_dtype, products, batch_key=key)
             matrices += b.matrices
     plan = make_plan(
-        [b.placement for b in members], tasks, n_ranks=len(ranks), bucket_bytes=options.bucket_bytes, placement=options.placement
+        [b.placement for b in parameters], tasks, n_ranks=len(shared.ranks), bucket_bytes=options.bucket_bytes, placement=options.placement
     )
-    for b in members:
-        if b.matrices and not stored_as_box(b, me) and not b.local.is_contiguous():
+    for b in parameters:
+        if b.matrices and not stored_as_box(b, shared.me) and not b.member.local.is_contiguous():
             raise ValueError(
                 f"{b.name} is stored as a flat fragment that is not contiguous; make it contiguous before it reaches the optimizer"
             )
-    keys: list[Hashable] = [(task.batch_key, schedule) for task, schedule in zip(tasks, adaptation.schedules, strict=True)]
-    domain = Domain(
-        batch_keys=keys,
-        ranks=ranks,
-        me=me,
-        process_group=group,
-        device=device,
-        products=products,
-        parameters=members,
-        adaptation=adaptation,
-        plan=plan,
-        exchange=Exchange(
-            tuple(route_of(plan, bucket, members, me, keys) for bucket in range(len(plan.buckets))), group=group, device=device
-        ),
-        matrices=matrices,
-    )
     owners = dict(zip([t.parameter for t in reversed(tasks)], reversed(plan.owners), strict=True))
-    domain.whole_count = torch.tensor([_replica_count(b.placement) for b in members], dtype=torch.int32, device=device)
-    domain.owner_of_parameter = [max(owners.get(position, 0), 0) for position in range(len(members))]
-    meets = [[tasks[i].parameter for i in bucket] for bucket in plan.buckets]
-    domain.first_bucket = [sorted(set(ps) - {q for earlier in meets[:k] for q in earlier}) for k, ps in enumerate(meets)]
-    domain.last_bucket = [sorted(set(ps) - {q for later in meets[k + 1 :] for q in later}) for k, ps in enumerate(meets)]
-    return domain
+    return Domain(
+        ranks=shared.ranks,
+        me=shared.me,
+        process_group=shared.process_group,
+        device=shared.device,
+        products=products,
+        parameters=tuple(parameters),
+        matrices=tuple(matrices),
+        plan=plan,
+        owners=tuple(max(owners.get(position, 0), 0) for position in range(len(parameters))),
+    )
 
 
-def rebalanced(domain: Domain, options: PlanOptions) -> Domain | None:
+def rebalanced(domain: Domain, adaptation: Adaptation, options: PlanOptions) -> Domain | None:
     """The domain with owners chosen for its schedules as they stand, where that relieves the busiest one; else None. Collective.
 
     Every rank decides alike, since all have the same schedules; the plans are compared nevertheless. Where matrices are sliced, which
@@ -209,13 +181,13 @@ def rebalanced(domain: Domain, options: PlanOptions) -> Domain | None:
     work = [
         flops_of(*matrix.shape, schedule, b.compute_dtype, domain.products)
         for (b, matrix), schedule in zip(
-            ((b, matrix) for b in domain.parameters for matrix in b.matrices), domain.adaptation.schedules, strict=True
+            ((b, matrix) for b in domain.parameters for matrix in b.matrices), adaptation.schedules, strict=True
         )
     ]
     busiest = np.bincount(domain.plan.owners, work, domain.plan.n_ranks).max(initial=0.0)
     if busiest * domain.plan.n_ranks <= EVEN_ENOUGH * sum(work):
         return None
-    better = _planned(domain.ranks, domain.parameters, domain.adaptation, domain.products, options)
+    better = _planned(domain, domain.parameters, adaptation, domain.products, options)
     if better.plan.imbalance() * sum(work) * EVEN_ENOUGH > busiest * domain.plan.n_ranks:
         return None
     if not all_have(bytes.fromhex(better.plan.digest()), better):
@@ -261,12 +233,6 @@ def _sliced_cost(matrix: Matrix, schedule: Schedule, compute_dtype: torch.dtype,
     return SlicedCost(fixed=fixed, per_line=per_line, added_up=added_up, workspace=squares)
 
 
-def _replica_count(placement: Placement) -> int:
-    """Ranks that hold some of a parameter, if any piece is held twice; else 0. If one of them has a gradient, all must have."""
-    held = [fragment for fragment in placement.fragments if fragment]
-    return len(held) if len(set(held)) < len(held) else 0
-
-
 def _ranks_of(group: dist.ProcessGroup | None) -> tuple[int, ...]:
     if not (dist.is_available() and dist.is_initialized()):
         return (0,)
@@ -274,7 +240,7 @@ def _ranks_of(group: dist.ProcessGroup | None) -> tuple[int, ...]:
 
 
 def _group_of(
-    ranks: tuple[int, ...], known: dist.ProcessGroup | None, groups: dict[tuple[int, ...], dist.ProcessGroup]
+    ranks: tuple[int, ...], known: dist.ProcessGroup | None, made: dict[tuple[int, ...], dist.ProcessGroup]
 ) -> dist.ProcessGroup | None:
     """A process group of exactly these ranks; only they take part in making one."""
     if len(ranks) == 1:
@@ -283,17 +249,14 @@ def _group_of(
         return known
     if ranks == _ranks_of(None):
         return dist.group.WORLD
-    if ranks not in groups:
+    if ranks not in made:
         meet(ranks)
-        groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
-    return groups[ranks]
+        made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+    return made[ranks]
 
 
 def _exchange_layouts(
-    entries: Sequence[tuple[str, Tensor, dict[str, Any], Route]],
-    process_group: dist.ProcessGroup | None,
-    layouts: Mapping[str, ShardLayout],
-    groups: dict[tuple[int, ...], dist.ProcessGroup],
+    members: Sequence[Member], process_group: dist.ProcessGroup | None, made: dict[tuple[int, ...], dist.ProcessGroup]
 ) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[Fragment, ...], dist.ProcessGroup | None]]:
     """What every rank holds of the parameters whose layouts were given: name -> (shape, ranks, fragments, process group).
 
@@ -302,21 +265,22 @@ def _exchange_layouts(
     """
     described: dict[tuple[int, ...], dict[str, tuple[tuple[int, ...], Fragment, str]]] = {}
     known: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
-    for name, p, _, _ in sorted((e for e in entries if e[0] in layouts), key=lambda e: e[0]):
-        layout = layouts[name]
+    for member in sorted((m for m in members if m.layout is not None), key=lambda m: m.name):
+        layout = member.layout
+        assert layout is not None
         group = layout.group if layout.group is not None else process_group
         ranks = _ranks_of(group)
         if layout.replicas is not None:
             ranks = tuple(sorted({r for other in gather_objects(ranks, layout.replicas) for r in other}))
-        fragment, numel = layout.fragment(), local_tensor(p.detach()).numel()
+        fragment, numel = layout.fragment(), member.local.numel()
         held = fragment_numel(fragment)
         problem = "" if held == numel else f"its layout describes {held} elements but its tensor has {numel}"
-        described.setdefault(ranks, {})[name] = (layout.global_shape, fragment, problem)
+        described.setdefault(ranks, {})[member.name] = (layout.global_shape, fragment, problem)
         known[ranks] = group
     result = {}
     for ranks in sorted(described, key=lambda r: (-len(r), r)):
         mine = described[ranks]
-        group = _group_of(ranks, known[ranks], groups)
+        group = _group_of(ranks, known[ranks], made)
         everyone = [mine] if group is None else gather_objects(mine, group)
         for rank, theirs in zip(ranks, everyone, strict=True):
             for name, (_, _, problem) in theirs.items():

@@ -6,19 +6,18 @@ A difference raises on every rank and names it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .bound import BoundParameter
-from .domain import Domain
+from .domain import Domain, Ranks
 from .groups import POLICY_KEYS
 from .rendezvous import BIND, gather_objects, wait_in_time
 from .sharding.layout import Fragment, local_tensor
-from .sharding.state import VALUES, is_elsewhere, is_unset, unset
+from .sharding.state import is_elsewhere, is_unset, unset
 
 # Hyperparameters that the ranks of a domain must share: owners use theirs, holders their own.
 COMPARED = ("lr", "weight_decay", "momentum", "nesterov", "adjust_lr_fn", "extra_scale_factor", "betas", "eps")
@@ -26,7 +25,7 @@ COMPARED = ("lr", "weight_decay", "momentum", "nesterov", "adjust_lr_fn", "extra
 _UNSET, _ELSEWHERE, _HERE = range(3)
 
 
-def compare(domain: Domain, state: Mapping[Tensor, Mapping[str, Any]]) -> None:
+def compare(domain: Domain) -> None:
     """Compare what is trained and how, optimizer state, the plan that follows from both, and what replicas hold.
 
     Raises:
@@ -35,12 +34,12 @@ def compare(domain: Domain, state: Mapping[Tensor, Mapping[str, Any]]) -> None:
     if domain.process_group is None:
         return
     _compare_parameters(domain)
-    compare_state(domain, state)
+    compare_state(domain)
     if not all_have(bytes.fromhex(domain.plan.digest()), domain):
         raise ValueError(
             f"the ranks {list(domain.ranks)} don't agree on what they train: their layouts, polynomials, dtypes or bucket sizes differ"
         )
-    sums = all_gather_rows(torch.stack([checksum(b.local) for b in domain.parameters]).cpu(), domain)
+    sums = all_gather_rows(torch.stack([checksum(b.member.local) for b in domain.parameters]).cpu(), domain)
     for position, b in enumerate(domain.parameters):
         differing = _differing_replicas(b, sums[:, position])
         if differing is not None:
@@ -54,7 +53,7 @@ def compare(domain: Domain, state: Mapping[Tensor, Mapping[str, Any]]) -> None:
 def _compare_parameters(domain: Domain) -> None:
     """Names, routes, shapes, and the hyperparameters that owners use."""
     lines = [
-        f"{b.name or b.position}: {b.route.algorithm} {b.placement.shape} {b.parameter.dtype} "
+        f"{b.name or b.position}: {b.member.route.algorithm} {b.placement.shape} {b.member.tensor.dtype} "
         f"{[b.group.get(k) for k in (*COMPARED, *sorted(POLICY_KEYS))]}"
         for b in domain.parameters
     ]
@@ -64,13 +63,13 @@ def _compare_parameters(domain: Domain) -> None:
         raise ValueError(f"the ranks {list(domain.ranks)} don't agree on what they train: {_first_difference(domain, everyone)}")
 
 
-def compare_state(domain: Domain, state: Mapping[Tensor, Mapping[str, Any]]) -> None:
+def compare_state(domain: Domain) -> None:
     """Compare optimizer state: that all ranks have it or none, the steps taken, measured spectra, and replicas' values.
 
     Raises:
         ValueError: the ranks differ, as after a checkpoint that only some of them have loaded.
     """
-    told = all_gather_rows(torch.stack([_described(b, state[b.parameter]) for b in domain.parameters]).flatten(), domain)
+    told = all_gather_rows(torch.stack([_described(b) for b in domain.parameters]).flatten(), domain)
     told = told.view(len(domain.ranks), len(domain.parameters), -1)
     for position, b in enumerate(domain.parameters):
         rows, name = told[:, position], b.name or f"parameter {position}"
@@ -88,11 +87,13 @@ def compare_state(domain: Domain, state: Mapping[Tensor, Mapping[str, Any]]) -> 
             raise ValueError(_unlike_state(domain, name, "values of optimizer state", differing[1], differing[0], rows[:, 3]))
 
 
-def _described(b: BoundParameter, entry: Mapping[str, Any]) -> Tensor:
-    """(4,), int64: whether there is state, AdamW's step count, and checksums of the spectrum and of the state's values."""
-    values = [entry.get(key, unset()) for key in VALUES[b.group["algorithm"]]]
+def _described(b: BoundParameter) -> Tensor:
+    """(4,), int64: whether there is state, the step count where there is one, and checksums of the spectrum and of the state's values."""
+    entry = b.state
+    values = [entry.get(key, unset()) for key in b.rule.values]
     code = _ELSEWHERE if any(map(is_elsewhere, values)) else _UNSET if any(map(is_unset, values)) else _HERE
-    step = 0 if b.muon or code != _HERE or is_unset(entry.get("step", unset())) else int(entry["step"])
+    counted = b.rule.counts_steps and code == _HERE and not is_unset(entry.get("step", unset()))
+    step = int(entry["step"]) if counted else 0
     spectrum = checksum(entry["spectrum"]) if isinstance(entry.get("spectrum"), Tensor) else 0
     total = sum(((k + 1) * checksum(local_tensor(value)).cpu() for k, value in enumerate(values)), start=torch.zeros((), dtype=torch.int64))
     return torch.stack([torch.as_tensor(v, dtype=torch.int64, device="cpu") for v in (code, step, spectrum, total if code == _HERE else 0)])
@@ -142,19 +143,19 @@ def _only_one_has(ours: Sequence[str], theirs: Sequence[str], here: int, there: 
     return ""
 
 
-def all_have(digest: bytes, domain: Domain) -> bool:
+def all_have(digest: bytes, shared: Ranks) -> bool:
     """Whether all ranks have the same digest. Collective."""
-    digests = all_gather_rows(torch.tensor(list(digest), dtype=torch.int64, device="cpu"), domain)
+    digests = all_gather_rows(torch.tensor(list(digest), dtype=torch.int64, device="cpu"), shared)
     return bool((digests == digests[0]).all())
 
 
-def all_gather_rows(row: Tensor, domain: Domain, what: str = BIND) -> Tensor:
+def all_gather_rows(row: Tensor, shared: Ranks, what: str = BIND) -> Tensor:
     """Every rank's row, (ranks, len(row)), on the CPU; raises where a rank doesn't answer in time."""
-    if domain.process_group is None:
+    if shared.process_group is None:
         return row.unsqueeze(0).cpu()
-    row = row.to(domain.device)
-    rows = [torch.empty_like(row) for _ in domain.ranks]
-    wait_in_time(dist.all_gather(rows, row, group=domain.process_group, async_op=True), domain.ranks, what)
+    row = row.to(shared.device)
+    rows = [torch.empty_like(row) for _ in shared.ranks]
+    wait_in_time(dist.all_gather(rows, row, group=shared.process_group, async_op=True), shared.ranks, what)
     return torch.stack(rows).cpu()
 
 

@@ -206,12 +206,16 @@ def align_group(group: dict[str, Any], known: Mapping[Tensor, tuple[str, str]]) 
         group["param_names"] = [name for name, _ in pairs]
 
 
+def view_of(group: Mapping[str, Any]) -> MatrixView | None:
+    """How the parameters of a complete group are read as matrices; None where they are not."""
+    if group["algorithm"] != "muon":
+        return None
+    return MatrixView(kind=group["kind"], split=group["split"], transpose=group["transpose"])
+
+
 def group_routes(group: Mapping[str, Any]) -> list[tuple[Route, Tensor]]:
     """Each parameter of a group with its route, in order."""
-    view = None
-    if group["algorithm"] == "muon":
-        view = MatrixView(kind=group["kind"], split=group["split"], transpose=group["transpose"])
-    members = group["params"]
+    view, members = view_of(group), group["params"]
     names = group.get("param_names") or [""] * len(members)
     return [
         (Route(name=name, algorithm=group["algorithm"] if p.requires_grad else "frozen", reason=reason, view=view), p)

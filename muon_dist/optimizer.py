@@ -1,67 +1,32 @@
-"""MuonDist: Muon under any sharding, with AdamW for what is not a matrix. Its groups, its state, and when it binds; `step` has the rest."""
+"""MuonDist: Muon under any sharding, with AdamW for what is not a matrix, as a `torch.optim.Optimizer` over an engine."""
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import is_
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import record_function
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .adaptation import blank_state
-from .agreement import COUNTED, Agreement, Lagged, agree_on_gradients
-from .binding import bind_domains, rebalanced
-from .bound import BoundParameter
-from .comparison import all_gather_rows
-from .domain import Domain
-from .elementwise import local_gradient
-from .groups import (
-    GROUP_KEYS,
-    POLICY_KEYS,
-    PlanOptions,
-    align_group,
-    check_group,
-    group_routes,
-    policy_of,
-    read_groups,
-    refuse_duplicates,
-)
+from . import allocation
+from .bound import Member
+from .engine import Engine
+from .gradients import local_gradient
+from .groups import GROUP_KEYS, PlanOptions, align_group, group_routes, read_groups
 from .loading import translate_state
-from .polar.matrix_view import matrices_of
 from .polar.polynomials import Polynomial, Schedule
-from .polar.products import fp32_precision
-from .rendezvous import meet, told, wait_in_time
 from .routing import Route
 from .sharding.layout import ShardLayout
 from .sharding.plan import Plan
-from .sharding.state import VALUES, complete_replicas, elsewhere, fit_state, is_absent, is_elsewhere, is_unset, unset
-from .step import Step
+from .sharding.state import is_elsewhere, is_unset
 from .telemetry import Telemetry
-
-# A change of these in a group changes the plan or what owners compute, so the next step binds again.
-REBIND_KEYS = (
-    "ns_steps",
-    "polynomial",
-    "deflation",
-    "eps",
-    "compute_dtype",
-    "wire_dtype",
-    "kind",
-    "split",
-    "transpose",
-    *sorted(POLICY_KEYS),
-)
-
-
-_STATE_KEYS = {"muon": frozenset(VALUES["muon"]), "adamw": frozenset({"step", *VALUES["adamw"]})}  # every entry has them
 
 
 class MuonDist(torch.optim.Optimizer):
@@ -214,24 +179,17 @@ class MuonDist(torch.optim.Optimizer):
             raise ValueError("telemetry reports what adaptive step counts measure, but no group has ns_steps='adaptive'")
 
     def _start_unbound(self, process_group: dist.ProcessGroup | None, layouts: dict[str, ShardLayout]) -> None:
-        self._process_group = process_group
-        self._layouts = layouts
-        self._world: Any = None  # that of the last binding
-        # what a host tells of the model where this optimizer has only some of its parameters
-        self._all_names: Sequence[str] = ()
-        self._model_numel = 0
-        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        self._domains: list[Domain] = []
-        self._flag_group: dist.ProcessGroup | None = None
-        self._signature: tuple[Any, ...] | None = None
+        self._process_group, self._layouts = process_group, layouts
+        self._engine = Engine(process_group=process_group, options=self._options, nonfinite=self._nonfinite, telemetry=self._telemetry)
+        self._members: list[Member] = []
+        self._seen: tuple[Any, ...] = ([],)  # parameters and groups that these are made of
         self._detached = False  # unpickled without the process group or the layouts that it had
-        self._has_copies = False  # ranks hold momentum that another owns: after binding, consolidate() or load_state_dict()
-        self._skipped: Tensor | None = None
-        self._left_out: Tensor | None = None
-        self._iterations = 0  # since binding, for a message
-        self._steps = 0
-        self._apart = Lagged()
         self._known = WeakIdKeyDictionary()  # parameter -> (name, reason)
+
+    @property
+    def engine(self) -> Engine:
+        """What steps the parameters: its domains, plans and programs."""
+        return self._engine
 
     # ---------------------------------------------------------------------------------------------------------- groups
 
@@ -243,24 +201,17 @@ class MuonDist(torch.optim.Optimizer):
             added = self.param_groups[-1]
             for key in set(added) & set(self.defaults) - GROUP_KEYS[added["algorithm"]]:  # the base class fills in every default
                 del added[key]
-            for route, p in self._routed(added):
-                if p.requires_grad:
-                    self._declare_state(route, p, added)
+            self._declare(added)
 
-    def _declare_state(self, route: Route, p: Tensor, group: Mapping[str, Any]) -> None:
-        """Give a parameter its state entry. Keys are equal on all ranks from the start; memory comes when layouts are known."""
-        for key in _STATE_KEYS[group["algorithm"]]:
-            self.state[p].setdefault(key, unset())
-        if group["algorithm"] == "muon" and policy_of(group) is not None and "spectrum" not in self.state[p]:
-            shape = self._layouts[route.name].global_shape if route.name in self._layouts else tuple(p.shape)
-            assert route.view is not None  # a route to Muon has a view
-            self.state[p]["spectrum"] = blank_state(len(matrices_of(shape, route.view, route.name)))
+    def _declare(self, group: dict[str, Any]) -> None:
+        """Give a group's parameters their state entries. Keys are equal on all ranks from the start."""
+        for route, p in self._routed(group):
+            if p.requires_grad:
+                allocation.declare(self._member(route, p, 0), group)
 
-    def _declare_all(self) -> None:
-        for group in self.param_groups:
-            for route, p in self._routed(group):
-                if p.requires_grad:
-                    self._declare_state(route, p, group)
+    def _member(self, route: Route, p: Tensor, group: int) -> Member:
+        layout = self._layouts.get(route.name)
+        return Member(name=route.name, tensor=p, route=route, group=group, state=self.state[p], layout=layout)
 
     @property
     def routes(self) -> list[Route]:
@@ -277,11 +228,7 @@ class MuonDist(torch.optim.Optimizer):
     @property
     def schedules(self) -> dict[str, tuple[tuple[int, int], Schedule]]:
         """Every matrix of this rank's domains, by name: its shape and the schedule that it gets now. Empty before the first step."""
-        return {
-            task.name or str(i): (task.shape, schedule)
-            for domain in self._domains
-            for i, (task, schedule) in enumerate(zip(domain.plan.matrices, domain.adaptation.schedules, strict=True))
-        }
+        return self._engine.schedules
 
     @property
     def plans(self) -> list[tuple[tuple[int, ...], Plan]]:
@@ -289,22 +236,21 @@ class MuonDist(torch.optim.Optimizer):
 
         Empty before the first step.
         """
-        return [(domain.ranks, domain.plan) for domain in self._domains]
+        return self._engine.plans
 
     @property
     def skipped_steps(self) -> int:
         """Steps skipped because a gradient was not finite. Waits for the device."""
-        return 0 if self._skipped is None else int(self._skipped.item())
+        return self._engine.skipped_steps
 
     @property
     def skipped_updates(self) -> int:
         """Updates of single matrices that were left out because their norm can't be that of a polar factor: the products in which they
         were orthogonalised lost too many digits. This rank's own at once, those of others from the next step on. Waits for the device.
         """
-        own = sum(int(domain.left_out.item()) for domain in self._domains)
-        return own + (0 if self._left_out is None else int(self._left_out.item()))
+        return self._engine.skipped_updates
 
-    # --------------------------------------------------------------------------------------------------------- binding
+    # ------------------------------------------------------------------------------------------------------------ step
 
     def bind(self) -> None:
         """Learn where every parameter lies, agree on a plan, and allocate state. Collective; done by the first step.
@@ -315,142 +261,44 @@ class MuonDist(torch.optim.Optimizer):
             ValueError: the ranks don't agree, replicas hold other values, or a placement isn't supported.
             RuntimeError: not all ranks came in time.
         """
-        signature = self._what_is_bound()
-        if signature == self._signature:
+        self._follow()
+        if self._engine.is_bound(self._members, self.param_groups):
             return
         if self._detached:
             raise ValueError(
                 "this optimizer had a process_group or layouts, which don't survive pickling or copying: build a new one and load its state"
             )
-        self._collect_measurements()
-        for group in self.param_groups:
-            check_group(group)
         self._drop_state_of_others()
-        self._meet()
-        if self._world != self._world_now():
-            self._world, self._groups = self._world_now(), {}
-        named = [(route, p, group) for group in self.param_groups for route, p in self._routed(group)]
-        refuse_duplicates(route.name for route, _, _ in named)
-        unknown = set(self._layouts) - {route.name for route, _, _ in named}
+        names = [route.name for route in self.routes]
+        unknown = set(self._layouts) - set(names)
         if unknown:
-            raise ValueError(f"layouts name {sorted(unknown)}; the parameters of this optimizer are {[r.name for r, _, _ in named][:5]}…")
-        # frozen parameters that have state stay, so that it can be saved
-        entries = [(route.name, p, group, route) for route, p, group in named if p.requires_grad or p in self.state]
-        self._domains = bind_domains(
-            entries,
-            process_group=self._process_group,
-            layouts=self._layouts,
-            options=self._options,
-            groups=self._groups,
-            state=self.state,
-            all_names=self._all_names,
-        )
-        self._flag_group = self._agree_on_flag_group()
+            raise ValueError(f"layouts name {sorted(unknown)}; the parameters of this optimizer are {names[:5]}…")
         everywhere = _under_accelerate() if self._replicate_momentum is None else self._replicate_momentum
-        for domain in self._domains:
-            domain.replicate_momentum = everywhere
-            for bound in domain.parameters:
-                self._declare_state(bound.route, bound.parameter, bound.group)
-            self._complete_replicas(domain, everywhere=everywhere)
-            for bound in domain.parameters:
-                self._allocate_state(domain, bound)
-        self._has_copies = True
-        self._iterations = 0
-        self._signature = self._what_is_bound()
+        self._engine.bind(self._members, self.param_groups, replicate_momentum=everywhere)
+
+    def _follow(self) -> None:
+        """Take up what the groups and the state are now; `_members` is another list where parameters are others."""
+        given = [p for group in self.param_groups for p in group["params"]]
+        # frozen parameters that have state stay, so that it can be saved
+        kinds = ["trained" if p.requires_grad else "kept" if p in self.state else "" for p in given]
+        seen = ([len(group["params"]) for group in self.param_groups], kinds)
+        if seen == self._seen[1:] and all(map(is_, given, self._seen[0])):
+            for member in self._members:
+                member.state = self.state[member.tensor]
+            return
+        self._seen = (given, *seen)
+        self._members = [
+            self._member(route, p, i)
+            for i, group in enumerate(self.param_groups)
+            for route, p in self._routed(group)
+            if p.requires_grad or p in self.state
+        ]
 
     def _drop_state_of_others(self) -> None:
         """Let go of the state of parameters that were taken out of the groups, or replaced there by their host."""
         kept = {p for group in self.param_groups for p in group["params"]}
         for p in [p for p in self.state if p not in kept]:
             del self.state[p]
-
-    def _take_over_state(self) -> None:
-        """Go on from what a user or host did to the state: what is gone begins anew, and measured spectra may have been replaced."""
-        for domain in self._domains:
-            for b in domain.parameters:
-                entry = self.state[b.parameter]
-                if not entry.keys() >= _STATE_KEYS[b.group["algorithm"]]:
-                    self._declare_state(b.route, b.parameter, b.group)
-                    self._allocate_state(domain, b)
-                if not domain.adaptation.taken_over(b, entry):
-                    domain.adaptation.take_over(b, entry)
-
-    def _what_is_bound(self) -> tuple[Any, ...]:
-        """What binding depends on: parameters, how their groups are orthogonalised, the ranks, and how torch rounds fp32 products."""
-        groups = [
-            (id(group), repr([group.get(key) for key in REBIND_KEYS]), [(id(p), p.requires_grad) for p in group["params"]])
-            for group in self.param_groups
-        ]
-        kinds = sorted({domain.device.type for domain in self._domains})
-        return (groups, self._world_now(), [fp32_precision(kind) for kind in kinds])
-
-    @staticmethod
-    def _world_now() -> Any:
-        return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
-
-    def _meet(self) -> None:
-        """Wait for all ranks that bind: one that binds alone would meet the others in another collective."""
-        if (world := self._world_now()) is not None:
-            meet(sorted(dist.get_process_group_ranks(self._process_group or world)))
-
-    def _agree_on_flag_group(self) -> dist.ProcessGroup | None:
-        """The group that shares the finite flag where domains are several; None where one domain holds everything.
-
-        Ranks with unlike parameters must agree on whether there is such a reduction, hence this one over `process_group`.
-        """
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(self._process_group) == 1:
-            return None
-        everyone = tuple(sorted(dist.get_process_group_ranks(self._process_group or dist.group.WORLD)))
-        alone = len(self._domains) == 1 and self._domains[0].ranks == everyone
-        device = self._domains[0].device if self._domains else torch.device("cpu")
-        several = torch.tensor([not alone], dtype=torch.int32, device=device)
-        wait_in_time(dist.all_reduce(several, dist.ReduceOp.MAX, group=self._process_group, async_op=True), everyone)
-        return (self._process_group or dist.group.WORLD) if several.item() else None
-
-    def _allocate_state(self, domain: Domain, bound: BoundParameter) -> None:
-        p, state = bound.parameter, self.state[bound.parameter]
-        for key in VALUES[bound.group["algorithm"]]:
-            if not is_absent(state[key]):
-                state[key] = fit_state(state[key], p, bound.placement.fragments[domain.me], bound.name)
-            elif bound.muon and not domain.owns(bound):
-                state[key] = elsewhere()
-            else:
-                state[key] = torch.zeros_like(p)
-        if not bound.muon:
-            step = 0.0 if is_unset(state["step"]) else state["step"]
-            state["step"] = torch.as_tensor(step, dtype=torch.float32, device=bound.local.device)
-
-    def _complete_replicas(self, domain: Domain, *, everywhere: bool) -> None:
-        """Bring the momentum of replicated parameters to their owners, who may have changed, or to every rank."""
-        replicated = [b for b in domain.parameters if b.muon and b.placement.replicated]
-        if not replicated:
-            return
-        values = [self.state[b.parameter]["momentum_buffer"] for b in replicated]
-        lost = torch.tensor([is_elsewhere(v) for v in values], device="cpu")
-        has = torch.tensor([not is_absent(v) for v in values], device="cpu")
-        everyone = all_gather_rows(torch.cat([has, lost]).to(torch.int64), domain)
-        owners = [domain.owner_of(b) for b in replicated]
-        complete = complete_replicas(
-            values,
-            [b.local for b in replicated],
-            lambda i, holders: not bool(holders.all() if everywhere else holders[owners[i]]),
-            group=domain.process_group,
-            ranks=domain.ranks,
-            has=everyone[:, : len(values)],
-            lost=everyone[:, len(values) :],
-        )
-        for bound, value in zip(replicated, complete, strict=True):
-            self.state[bound.parameter]["momentum_buffer"] = value
-
-    def _drop_copies(self) -> None:
-        """Let go of momentum that another rank owns."""
-        for domain in self._domains:
-            for bound in domain.parameters:
-                if bound.muon and not domain.owns(bound):
-                    self.state[bound.parameter]["momentum_buffer"] = elsewhere()
-        self._has_copies = False
-
-    # ------------------------------------------------------------------------------------------------------------ step
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -464,97 +312,25 @@ class MuonDist(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.bind()
-        self._steps += 1
-        self._take_over_state()
-        self._adapt()
-        if self._has_copies:
-            self._drop_copies()
-        local = {b: b.local for domain in self._domains for b in domain.parameters}
-        grads = {b: local_gradient(b) for b in local}
-        self._unscale(grads)
-        Step(domains=self._domains, state=self.state, local=local, grads=grads, go=self._agree_on_gradients(grads)).take()
-        for domain in self._domains:
-            domain.adaptation.end_step()
+        grads = [local_gradient(member.name, member.tensor) for member in self._members]
+        self._engine.step(self._unscaled(grads), self.param_groups)
         return loss
 
-    def _unscale(self, grads: dict[BoundParameter, Tensor | None]) -> None:
-        """Divide gradients by the scale of a `torch.amp.GradScaler`, which hands the whole step on and leaves it to all ranks together."""
+    def _unscaled(self, grads: list[Tensor | None]) -> list[Tensor | None]:
+        """Divided by the scale of a `torch.amp.GradScaler`, which hands the whole step on and leaves it to all ranks together."""
         scale = getattr(self, "grad_scale", None)
         if scale is None:
-            return
+            return grads
         reciprocal = scale.double().reciprocal().float()
-        inverses = {device: reciprocal.to(device) for device in {g.device for g in grads.values() if g is not None}}
-        for b, g in grads.items():
-            if g is not None:
-                inverse = inverses[g.device]
-                grads[b] = g.mul_(inverse) if g.dtype in (torch.float32, torch.float64) else g.float().mul_(inverse)
-
-    @record_function("muon_dist::adapt")
-    def _adapt(self) -> None:
-        """Let measured spectra take effect, and choose owners anew where step counts have moved the balance."""
-        for k, domain in enumerate(self._domains):
-            if domain.adaptation.is_time_for_new_owners() and (better := rebalanced(domain, self._options)) is not None:
-                better.left_out, better.iteration = domain.left_out, domain.iteration
-                better.replicate_momentum = domain.replicate_momentum
-                self._domains[k] = domain = better
-                self._complete_replicas(better, everywhere=better.replicate_momentum)
-                for bound in better.parameters:
-                    self._allocate_state(better, bound)
-                self._has_copies = True
-            decided = domain.adaptation.begin_step()
-            if domain.adaptation.changed:
-                domain.regroup(domain.adaptation.changed)
-            if decided and self._telemetry is not None:
-                params = sum(math.prod(b.placement.shape) for d in self._domains for b in d.parameters)
-                self._telemetry.write(domain, decided, self._model_numel or params)
-
-    def _collect_measurements(self) -> None:
-        """Bring measurements that are under way into the state."""
-        self._take_over_state()
-        for domain in self._domains:
-            domain.adaptation.collect()
-
-    @record_function("muon_dist::agree")
-    def _agree_on_gradients(self, grads: dict[BoundParameter, Tensor | None]) -> dict[BoundParameter, Tensor]:
-        agreed = self._agreement(grads, f"step {self._steps}")
-        if self._apart.seen(agreed.apart):
-            self._refuse_apart()
-        bad = agreed.bad
-        self._left_out = agreed.left_out if self._left_out is None else self._left_out + agreed.left_out
-        if self._nonfinite == "raise" and agreed.left_out.item():
-            raise ValueError(
-                f"at the step before, {int(agreed.left_out)} matrices' updates had norms that no polar factor has, and were left out: "
-                "products lose too many digits for the schedule. Give compute_dtype='fp32' with "
-                "torch.set_float32_matmul_precision('highest'), fewer steps, or construct with nonfinite='skip'"
-            )
-        if self._nonfinite == "raise" and bad.item():
-            here = [b.name or str(b.placement.shape) for b, g in grads.items() if g is not None and not g.isfinite().all()]
-            raise ValueError(
-                f"a gradient is not finite, or only some replicas have it: {', '.join(here) or 'on another rank'}; nothing was updated. "
-                "Lower the learning rate or the loss scale, or construct with nonfinite='skip' to leave such steps out"
-            )
-        self._skipped = bad.to(torch.int64) if self._skipped is None else self._skipped + bad
-        return agreed.go
-
-    def _agreement(self, grads: dict[BoundParameter, Tensor | None], what: str) -> Agreement:
-        return agree_on_gradients(self._domains, grads, self._flag_group, what)
+        inverses = {device: reciprocal.to(device) for device in {g.device for g in grads if g is not None}}
+        return [
+            None if g is None else (g if g.dtype in (torch.float32, torch.float64) else g.float()).mul_(inverses[g.device]) for g in grads
+        ]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in every torch optimizer. Ranks that have come here unequally often are found at the next step."""
         super().zero_grad(set_to_none)
-        self._iterations += 1
-        for domain in self._domains:
-            domain.iteration.add_(1).remainder_(COUNTED)
-
-    def _refuse_apart(self) -> None:
-        ranks = sorted({rank for domain in self._domains for rank in domain.ranks})
-        counts = told(ranks, f"iteration/{self._steps}", str(self._iterations))
-        who = ", ".join(f"rank {rank} {count} times" for rank, count in sorted(counts.items()))
-        raise RuntimeError(
-            f"the ranks are not at the same iteration: before this step zero_grad() was called {who}. A rank that leaves out a step(), as "
-            "a loss that is not a number may make it, would take every later step with the wrong gradients. Leave steps out on all ranks "
-            "or on none: MuonDist does so where a gradient is not finite"
-        )
+        self._engine.count_reset()
 
     # ----------------------------------------------------------------------------------------------------- state dicts
 
@@ -564,9 +340,7 @@ class MuonDist(torch.optim.Optimizer):
         The next step lets the copies go again. Sharded parameters need no consolidation.
         """
         self.bind()
-        for domain in self._domains:
-            self._complete_replicas(domain, everywhere=True)
-        self._has_copies = True
+        self._engine.consolidate()
 
     def consolidate_state_dict(self, to: int = 0) -> None:
         """`consolidate()` by the name that torch's ZeroRedundancyOptimizer gave it, and Lightning calls; complete on all ranks."""
@@ -578,7 +352,7 @@ class MuonDist(torch.optim.Optimizer):
         Raises:
             RuntimeError: replicated parameters' momentum lives with other ranks; call `consolidate()` on all ranks first.
         """
-        self._collect_measurements()
+        self._collect()
         self._drop_state_of_others()
         self._declare_all()
         missing = 0
@@ -606,7 +380,7 @@ class MuonDist(torch.optim.Optimizer):
 
         Momentum of replicated parameters is expected whole on every rank, as `consolidate()` leaves it.
         """
-        self._collect_measurements()  # into the state that is replaced
+        self._collect()  # into the state that is replaced
         loaded: dict[str, Any] = {}
 
         def translate(_: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -626,10 +400,20 @@ class MuonDist(torch.optim.Optimizer):
             if isinstance(rows := loaded["state"].get(i, {}).get("spectrum"), Tensor):
                 self.state[p]["spectrum"] = rows.detach().to("cpu", torch.float64, copy=True)
         self._declare_all()
-        self._signature = None  # the next step checks what was loaded and agrees again
+        self._engine.unbind()  # the next step checks what was loaded and agrees again
+
+    def _collect(self) -> None:
+        """Bring measurements that are under way into the state."""
+        for member in self._members:
+            member.state = self.state[member.tensor]
+        self._engine.collect()
+
+    def _declare_all(self) -> None:
+        for group in self.param_groups:
+            self._declare(group)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._collect_measurements()
+        self._collect()
         placed = self._detached or self._process_group is not None or bool(self._layouts)
         own = {
             "options": self._options,

@@ -2,183 +2,172 @@
 
 1.  One small all-reduce tells whether all gradients are finite and which parameters have one anywhere (`agreement`). What follows is
     decided by that tensor on the device; the host never waits for it.
-2.  Bucket by bucket: momentum on the fragments this rank stores; their Nesterov form travels to the matrices' owners (one
-    all-to-all); owners run Newton–Schulz on whole matrices, equal shapes as one batch; the updates travel back (one
-    all-to-all) and are applied to the fragments. The next bucket travels while this one is orthogonalised.
-3.  AdamW for the rest runs while the first bucket travels.
+2.  Bucket by bucket: a rule prepares the fragments that this rank stores (Muon: momentum); what it makes of them travels to the
+    matrices' owners (one all-to-all); owners compute updates of whole matrices (Newton–Schulz, equal shapes as one batch); these travel
+    back (one all-to-all) and change the weights. The next bucket travels while this one is computed.
+3.  Elementwise rules (AdamW) update the rest while the first bucket travels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from .bound import BoundParameter
-from .domain import Domain
-from .elementwise import adamw_step, decay, momentum_forms
-from .polar.newton_schulz import Slices, moment_count, orthogonalize_batch
+from .agreement import StepMask
+from .polar.newton_schulz import moment_count, orthogonalize_batch
 from .polar.plausible import are_plausible
 from .polar.polynomials import Schedule
-from .polar.scaling import update_scale
-from .sharding.exchange import Leg, Traffic
-from .sharding.layout import local_tensor
-from .sharding.slicing import Slicing
+from .program import Batch, Bucket, FragmentRun, PieceRun, Program
+from .rules import MatrixRule
+from .rules.rule import Fragments
+from .sharding.exchange import Traffic
+
+Groups = Sequence[Mapping[str, Any]]  # hyperparameters, by the numbers of groups
 
 
-@dataclass(kw_only=True)
-class Step:
-    """What one step works on, looked up once.
+def take_step(programs: Sequence[Program], grads: Sequence[Tensor | None], mask: StepMask, groups: Groups) -> None:
+    """Update weights and state. Collective.
 
-    Attributes:
-        domains: those of this rank, in the order in which all ranks meet.
-        state: the optimizer's, by parameter.
-        local: what this rank stores of every parameter.
-        grads: its part of every gradient, or None.
-        go: a 0-d bool where a parameter is stored: whether its step happens.
+    Args:
+        programs: of this rank's domains, in the order in which all ranks meet.
+        grads: this rank's part of every member's gradient, or None.
+        mask: which members' steps happen.
     """
-
-    domains: Sequence[Domain]
-    state: Mapping[Any, dict[str, Any]]
-    local: Mapping[BoundParameter, Tensor]
-    grads: Mapping[BoundParameter, Tensor | None]
-    go: Mapping[BoundParameter, Tensor]
-    _forms: dict[BoundParameter, Tensor] = field(default_factory=dict)  # what owners orthogonalise, while some of it has yet to travel
-
-    def take(self) -> None:
-        """Update parameters and state. Collective."""
-        jobs = [(domain, bucket) for domain in self.domains for bucket in range(len(domain.plan.buckets))]
-        travelling = self._start(*jobs[0]) if jobs else None
-        self._adamw()
-        returning: tuple[Domain, Traffic] | None = None
-        for job, (domain, bucket) in enumerate(jobs):
-            arriving, travelling = travelling, self._start(*jobs[job + 1]) if job + 1 < len(jobs) else None
-            assert arriving is not None
-            batches = domain.exchange.finish_gather(bucket, arriving, domain.reading(self._forms))
-            for i in domain.last_bucket[bucket]:
-                del self._forms[domain.parameters[i]]
-            updates = self._orthogonalize(domain, bucket, batches)
-            scattered = domain.exchange.start_scatter(bucket, updates)
-            self._apply(domain, domain.exchange.updates_at_home(bucket, updates))
-            if returning is not None:
-                self._apply(returning[0], returning[1].wait())
-            returning = (domain, scattered)
+    jobs = [_Job(program, bucket, grads, mask, groups) for program in programs for bucket in program.buckets]
+    prepared: dict[Program, list[Any]] = {program: [None] * len(program.domain.parameters) for program in programs}
+    travelling = jobs[0].start(prepared) if jobs else None
+    _elementwise(programs, grads, mask, groups)
+    returning: tuple[_Job, Traffic] | None = None
+    for k, job in enumerate(jobs):
+        arriving, travelling = travelling, jobs[k + 1].start(prepared) if k + 1 < len(jobs) else None
+        program, bucket = job.program, job.bucket
+        batches = program.exchange.finish_gather(bucket.route, arriving, prepared[program])
+        for position in bucket.done:
+            prepared[program][position] = None
+        updates = [job.compute(batch, values) for batch, values in zip(bucket.batches, batches, strict=True)]
+        scattered = program.exchange.start_scatter(bucket.route, updates)
+        job.finalize(bucket.home, program.exchange.updates_at_home(bucket.route, updates))
         if returning is not None:
-            self._apply(returning[0], returning[1].wait())
+            returning[0].finalize(returning[0].bucket.arriving, returning[1].wait())
+        returning = None if scattered is None else (job, scattered)
+    if returning is not None:
+        returning[0].finalize(returning[0].bucket.arriving, returning[1].wait())
 
-    def _start(self, domain: Domain, bucket: int) -> Traffic:
-        self._momentum(domain, bucket)
-        return domain.exchange.start_gather(bucket, domain.reading(self._forms))
 
-    @record_function("muon_dist::momentum")
-    def _momentum(self, domain: Domain, bucket: int) -> None:
-        """Decay and momentum of the parameters whose first matrix is in this bucket; puts what travels into `_forms`."""
-        by_group: dict[int, list[BoundParameter]] = {}
-        for i in domain.first_bucket[bucket]:
-            bound = domain.parameters[i]
-            self._forms[bound] = self.local[bound]  # where another rank owns it, nothing of it is read here
-            by_group.setdefault(id(bound.group), []).append(bound)
-        for members in by_group.values():
-            group = members[0].group
-            decay([self.local[b] for b in members], 1 - float(group["lr"]) * group["weight_decay"], [self.go[b] for b in members])
-            owned = [b for b in members if domain.owns(b)]
-            if owned:
-                buffers = [local_tensor(self.state[b.parameter]["momentum_buffer"]) for b in owned]
-                fresh = momentum_forms(group, buffers, [self.grads[b] for b in owned], [self.go[b] for b in owned])
-                self._forms.update(zip(owned, fresh, strict=True))
+class _Job:
+    """A bucket at this step."""
 
-    def _orthogonalize(self, domain: Domain, bucket: int, batches: list[Tensor]) -> list[Tensor]:
-        """The updates of this rank's matrices, batch by batch; zeros where a parameter's step doesn't happen."""
-        updates = []
-        route = domain.exchange.routes[bucket]
-        for indices, slicing, batch in zip(route.batches, route.slicings, batches, strict=True):
-            keep = torch.stack([self.go[domain.parameters[domain.plan.matrices[i].parameter]] for i in indices]).to(domain.device)
-            by_schedule: dict[Schedule, list[int]] = {}  # one, unless a measurement of the noise floor takes more steps
-            for k, i in enumerate(indices):
-                by_schedule.setdefault(domain.adaptation.schedule_now(i), []).append(k)
-            if len(by_schedule) == 1:
-                updates.append(_orthogonalize_alike(domain, indices, batch, keep, slicing))
-                continue
-            update = torch.empty_like(batch)
-            for places in by_schedule.values():  # an index would be copied from the host, which waits for that
-                some, own = [indices[k] for k in places], torch.stack([batch[k] for k in places])
-                result = _orthogonalize_alike(domain, some, own, torch.stack([keep[k] for k in places]), slicing)
-                torch._foreach_copy_([update[k] for k in places], list(result.unbind()))
-            updates.append(update)
-        return updates
+    def __init__(self, program: Program, bucket: Bucket, grads: Sequence[Tensor | None], mask: StepMask, groups: Groups) -> None:
+        self.program, self.bucket = program, bucket
+        self._grads, self._mask, self._groups = grads, mask, groups
+
+    def start(self, prepared: Mapping[Program, list[Any]]) -> Traffic | None:
+        """Prepare what this bucket needs first, and send it."""
+        forms = prepared[self.program]
+        with record_function("muon_dist::momentum"):
+            for run in self.bucket.prepared:
+                for happens, places in self._mask.split(run.members):
+                    made = run.rule.prepare(_fragments(run, places, self._grads), self._groups[run.group], happens)
+                    for position, form in zip(_some(run.positions, places), made, strict=True):
+                        forms[position] = form
+        return self.program.exchange.start_gather(self.bucket.route, forms)
+
+    def compute(self, batch: Batch, values: Tensor) -> Tensor:
+        """The updates of a batch of this rank's matrices, (B, m, n); zeros where a parameter's step doesn't happen."""
+        keep = self._mask.stacked(batch.members, self.program.domain.device)
+        first, rule = batch.first, batch.first.rule
+        assert isinstance(rule, MatrixRule)  # others have no matrices
+
+        def orthogonalize(matrices: Tensor) -> Tensor:
+            return _orthogonalize(self.program, batch, matrices, keep)
+
+        return rule.compute(values, orthogonalize, self._groups[first.member.group])
 
     @record_function("muon_dist::apply")
-    def _apply(self, domain: Domain, updates: Sequence[tuple[Leg, Tensor]]) -> None:
-        """p −= lr · scale · update on the pieces that arrived; matrices of steps that don't happen arrive as zeros."""
-        alike: dict[tuple[int, int, int], tuple[float, list[Tensor], list[Tensor]]] = {}
-        for leg, update in updates:
-            bound, matrix = domain.parameters[leg.parameter], domain.matrices[leg.matrix]
-            assert leg.view is not None  # updates are for holders
-            key = (id(bound.group), matrix.rows, matrix.cols)
-            if key not in alike:
-                group = bound.group
-                scale = group["extra_scale_factor"] * update_scale(group["adjust_lr_fn"], matrix.rows, matrix.cols)
-                alike[key] = (-float(group["lr"]) * scale, [], [])
-            _, targets, sources = alike[key]
-            targets.append(leg.view.of(self.local[bound]))
-            sources.append(update.to(targets[-1].device))
-        for factor, targets, sources in alike.values():
-            torch._foreach_add_(targets, sources, alpha=factor)
-
-    @record_function("muon_dist::adamw")
-    def _adamw(self) -> None:
-        for domain in self.domains:
-            together: dict[tuple[int, int], list[BoundParameter]] = {}
-            for b in domain.parameters:
-                if not b.muon:  # empty shards too: their step count is saved by whichever rank writes it
-                    together.setdefault((id(b.group), id(self.go[b])), []).append(b)
-            for members in together.values():
-                states = [self.state[b.parameter] for b in members]
-                tensors, grads = [self.local[b] for b in members], [self.grads[b] for b in members]
-                adamw_step(members[0].group, tensors, grads, states, self.go[members[0]])
+    def finalize(self, runs: Sequence[PieceRun], updates: list[Tensor]) -> None:
+        """Change the pieces of weights that `updates` are for, in the order of their route."""
+        for run in runs:
+            own = updates if len(run.places) == len(updates) else [updates[place] for place in run.places]
+            if own[0].device != run.targets[0].device:
+                own = [update.to(run.targets[0].device) for update in own]
+            for happens, places in self._mask.split(run.members):
+                targets = _some(run.targets, places)
+                run.rule.finalize(targets, _some(own, places), run.rows, run.cols, self._groups[run.group], happens)
 
 
-def _orthogonalize_alike(domain: Domain, indices: Sequence[int], batch: Tensor, keep: Tensor, slicing: Slicing | None) -> Tensor:
-    """The polar factors of matrices of one shape and schedule, or of slices; records the moments of those that are measured.
+@record_function("muon_dist::adamw")
+def _elementwise(programs: Sequence[Program], grads: Sequence[Tensor | None], mask: StepMask, groups: Groups) -> None:
+    for program in programs:
+        for run in program.elementwise:
+            for happens, places in mask.split(run.members):
+                run.rule.update(_fragments(run, places, grads), groups[run.group], happens)
 
-    One that can't be a polar factor becomes zero, and is counted in the domain.
+
+def _fragments(run: FragmentRun, places: list[int] | None, grads: Sequence[Tensor | None]) -> Fragments:
+    return Fragments(
+        weights=_some(run.weights, places),
+        grads=[grads[member] for member in _some(run.members, places)],
+        state=run.state if places is None else {name: _some(values, places) for name, values in run.state.items()},
+    )
+
+
+def _some(values: list[Any], places: list[int] | None) -> list[Any]:
+    return values if places is None else [values[place] for place in places]
+
+
+def _orthogonalize(program: Program, batch: Batch, values: Tensor, keep: Tensor) -> Tensor:
+    """The polar factors of a batch, (B, m, n); its matrices have one schedule, but for those that are measured now."""
+    together: dict[Schedule, list[int]] = {}
+    if not program.adaptation.measuring.keys().isdisjoint(batch.matrices):
+        for place, matrix in enumerate(batch.matrices):
+            together.setdefault(program.adaptation.schedule_now(matrix), []).append(place)
+    if len(together) <= 1:
+        return _orthogonalize_alike(program, batch, range(len(batch.matrices)), values, keep)
+    result = torch.empty_like(values)
+    for places in together.values():  # an index would be copied from the host, which waits for that
+        own = torch.stack([values[place] for place in places])
+        part = _orthogonalize_alike(program, batch, places, own, torch.stack([keep[place] for place in places]))
+        torch._foreach_copy_([result[place] for place in places], list(part.unbind()))
+    return result
+
+
+def _orthogonalize_alike(program: Program, batch: Batch, places: Sequence[int], values: Tensor, keep: Tensor) -> Tensor:
+    """The polar factors of matrices of one schedule, or of slices; records the moments of those that are measured.
+
+    One that can't be a polar factor becomes zero, and is counted.
     """
-    first, adaptation = domain.parameters[domain.plan.matrices[indices[0]].parameter], domain.adaptation
-    schedule = adaptation.schedule_now(indices[0])
-    measured = [k for k, i in enumerate(indices) if i in adaptation.measuring]
-    moments = batch.new_empty(len(indices), moment_count(len(schedule), schedule.deflation), dtype=torch.float64) if measured else None
-    compute = first.compute_dtype_for(schedule)
-    slices = None
-    if slicing is not None:
-        start, stop = ((bound - slicing.bounds[0]) * slicing.lines for bound in slicing.bounds[domain.me : domain.me + 2])
-        slices = Slices(domain.plan.matrices[indices[0]].shape, slicing.dim, start, stop, domain.exchange.add_up)
-    with record_function(f"muon_dist::newton_schulz {'x'.join(map(str, batch.shape))}"):
+    adaptation, slices = program.adaptation, batch.slices
+    schedule = adaptation.schedule_now(batch.matrices[places[0]])
+    measured = [k for k, place in enumerate(places) if batch.matrices[place] in adaptation.measuring] if adaptation.measuring else []
+    moments = values.new_empty(len(places), moment_count(len(schedule), schedule.deflation), dtype=torch.float64) if measured else None
+    compute = batch.first.compute_dtype_for(schedule)
+    with record_function(f"muon_dist::newton_schulz {'x'.join(map(str, values.shape))}"):
         result = orthogonalize_batch(
-            batch,
+            values,
             schedule,
             compute_dtype=compute,
-            eps=first.group["eps"],
+            eps=batch.first.group["eps"],
             keep=keep,
             moments=moments,
             slices=slices,
-            products=domain.products,
+            products=program.domain.products,
         )
     norms = None
     if slices is not None:
         norms = torch.linalg.vector_norm(result, dim=(-2, -1), dtype=torch.promote_types(compute, torch.float32)).square_()
         slices.add_up(norms)
         norms.sqrt_()
-    plausible = are_plausible(result, schedule, min(domain.plan.matrices[indices[0]].shape), norms)
+    plausible = are_plausible(result, schedule, batch.rank, norms)
     result.masked_fill_(~plausible.view(-1, 1, 1), 0)
-    if slicing is None or domain.me == 0:
-        domain.left_out += (~plausible).sum()
+    if batch.counts:
+        program.consensus.left_out += (~plausible).sum()
     if moments is not None:
         moments.masked_fill_(~plausible.unsqueeze(-1), 0)  # as of a matrix that was zero
-    for k in measured if slicing is None or domain.me == 0 else ():  # all ranks have the moments of what is sliced
+    for k in measured if batch.counts else ():
         assert moments is not None
-        adaptation.record(indices[k], moments[k])
+        adaptation.record(batch.matrices[places[k]], moments[k])
     return result

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .adaptation import Adaptation
 from .domain import Domain
 from .run.lines import append_lines, read_lines
 from .spectrum.moments import QUANTILES
@@ -64,7 +65,7 @@ class Telemetry:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "send": None}
 
-    def write(self, domain: Domain, decided: Iterable[int], params: int) -> None:
+    def write(self, domain: Domain, adaptation: Adaptation, decided: Iterable[int], params: int) -> None:
         """Report the matrices that were decided anew; only the domain's first rank does something.
 
         Args:
@@ -74,7 +75,7 @@ class Telemetry:
             return
         if self._failed:
             return
-        lines = [{**line, "params": params} for line in _lines(domain, set(decided))]
+        lines = [{**line, "params": params} for line in _lines(domain, adaptation, set(decided))]
         try:
             if self.directory is not None:
                 self._append(self.directory, domain, lines, params)
@@ -141,15 +142,15 @@ class Sinks:
             (wandb.run or wandb.init(dir=self._directory)).log({**values, step_name: step})
 
 
-def _lines(domain: Domain, decided: set[int]) -> Iterator[dict[str, Any]]:
+def _lines(domain: Domain, adaptation: Adaptation, decided: set[int]) -> Iterator[dict[str, Any]]:
     i = -1
     for b in domain.parameters:
         for part, matrix in enumerate(b.matrices):
             i += 1
             if i not in decided:
                 continue
-            decision, work = domain.adaptation.decision_of(i), domain.adaptation.work_of(i)
-            schedule = domain.adaptation.schedules[i]
+            decision, work = adaptation.decision_of(i), adaptation.work_of(i)
+            schedule = adaptation.schedules[i]
             numbers = {
                 "error": decision.error,
                 "error_of_five_steps": decision.error_of_five,
@@ -159,7 +160,7 @@ def _lines(domain: Domain, decided: set[int]) -> Iterator[dict[str, Any]]:
             }
             yield {
                 "type": "matrix",
-                "step": domain.adaptation.taken(i),
+                "step": adaptation.taken(i),
                 "name": domain.plan.matrices[i].name,
                 "kind": layer_kind(b.name, part, len(b.matrices)),
                 "depth": b.depth,

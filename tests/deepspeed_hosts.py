@@ -106,7 +106,7 @@ def gather_whole(engine: Any, read: Callable[[Any, Any], Tensor | None]) -> dict
     names = {p: name for name, p in engine.module.named_parameters()}
     group = tensor_parallel_group(engine.mpu)
     mine = []
-    for store in (store for call in engine.basic_optimizer._host.calls for store in call):
+    for store in engine.basic_optimizer.stores:
         for piece in store.pieces:
             value, p = read(store, piece), piece.parameter
             if value is not None:

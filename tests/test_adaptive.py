@@ -64,13 +64,14 @@ def run_planted(placement: str, steps: int, swap_at: int, options: dict) -> dict
         seen.update(s for _, s in schedules)
         used.append([(len(s), s.deflation) for _, s in schedules])
         for p, b, g, (_, schedule) in zip(parameters, before, gradients, schedules, strict=True):
-            if not optimizer._domains[0].adaptation.measuring:  # what is measured takes a step more than its schedule
+            if not optimizer.engine.programs[0].adaptation.measuring:  # what is measured takes a step more than its schedule
                 expected = -orthogonalize(g, schedule=schedule) * update_scale("match_rms_adamw", *g.shape)
                 errors.append(float(((models.whole(p) - b) - expected).norm() / expected.norm()))
     rows = torch.cat([optimizer.state[p]["spectrum"] for p in parameters])
-    domain = optimizer._domains[0]
-    for route in domain.exchange.routes:  # a batch for each shape and schedule that this rank owns, as they stand
-        kinds = [{(domain.plan.matrices[i].shape, domain.adaptation.schedules[i]) for i in batch} for batch in route.batches]
+    (program,) = optimizer.engine.programs
+    for bucket in program.buckets:  # a batch for each shape and schedule that this rank owns, as they stand
+        known = [(task.shape, schedule) for task, schedule in zip(program.domain.plan.matrices, program.adaptation.schedules, strict=True)]
+        kinds = [{known[i] for i in batch.matrices} for batch in bucket.batches]
         assert all(len(kind) == 1 for kind in kinds) and len(set(map(frozenset, kinds))) == len(kinds)
     return {
         "used": used,
@@ -78,7 +79,7 @@ def run_planted(placement: str, steps: int, swap_at: int, options: dict) -> dict
         "rows": rows,
         "schedules": seen,
         "last": [s for _, s in optimizer.schedules.values()],
-        "owners": domain.plan.owners,
+        "owners": program.domain.plan.owners,
     }
 
 
@@ -161,7 +162,7 @@ def run_cost(steps: int) -> dict:
             sizes.clear()
             with Collectives() as collectives:
                 optimizer.step()
-            counts.append((Counter(collectives.names), list(sizes), dict(optimizer._domains[0].adaptation.measuring)))
+            counts.append((Counter(collectives.names), list(sizes), dict(optimizer.engine.programs[0].adaptation.measuring)))
     finally:
         dist.all_reduce = real
     return {"counts": counts}
@@ -265,7 +266,7 @@ def run_rebalanced() -> dict:
     named = [(f"blocks.{k}.attn.q.weight", p) for k, p in enumerate(parameters)]
     optimizer = MuonDist(named, lr=1.0, weight_decay=0.0, ns_steps="adaptive", burn_in=0, measure_every=4, momentum=0.5)
     optimizer.bind()
-    costly = [i for i, owner in enumerate(optimizer._domains[0].plan.owners) if owner == 0]  # all that rank 0 owns becomes costly
+    costly = [i for i, owner in enumerate(optimizer.engine.domains[0].plan.owners) if owner == 0]  # all that rank 0 owns becomes costly
     owners, moved = [], []
     buffers = [torch.zeros(s) for s in shapes]
     for step in range(36):
@@ -274,7 +275,7 @@ def run_rebalanced() -> dict:
             p.grad = planted(sigma, 48, 48, seed=10 * k + step % 3, dtype=torch.float32)
             buffers[k].lerp_(p.grad, 0.5)
         optimizer.step()
-        owners.append(optimizer._domains[0].plan.owners)
+        owners.append(optimizer.engine.domains[0].plan.owners)
     optimizer.consolidate()
     for k, p in enumerate(parameters):
         moved.append(float((optimizer.state[p]["momentum_buffer"] - buffers[k]).norm()))

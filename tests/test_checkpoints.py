@@ -219,7 +219,9 @@ def added_group_moves_owners() -> float:
             p.grad = torch.randn(p.shape, dtype=torch.float64)
         reference.step({n: p.grad if k >= 2 or n != "w2" else None for n, p in tensors.items()})
         optimizer.step()
-        owners.append({t.name: o for t, o in zip(optimizer._domains[0].plan.matrices, optimizer._domains[0].plan.owners, strict=True)})
+        owners.append(
+            {t.name: o for t, o in zip(optimizer.engine.domains[0].plan.matrices, optimizer.engine.domains[0].plan.owners, strict=True)}
+        )
     assert any(owners[1][n] != owners[2][n] for n in ("w0", "w1")), "the test needs an owner that changes"
     return max(float((tensors[n] - reference.parameters[n]).norm()) for n in tensors)
 

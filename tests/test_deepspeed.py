@@ -108,7 +108,7 @@ def sliced_update(stage: int) -> dict[str, float]:
     ds_config = hosts.config(stage, params={"placement": "gram"})
     engine = hosts.start(ds_config)
     errors = hosts.update_errors(engine, ds_config["optimizer"]["params"], 2)
-    owners = {owner for part in engine.basic_optimizer._parts for d in part.optimizer._domains for owner in d.plan.owners}
+    owners = {owner for each in engine.basic_optimizer.engines for d in each.domains for owner in d.plan.owners}
     assert owners == {SLICED}
     return errors
 
@@ -307,10 +307,9 @@ def traffic(stage: int, dtype: str) -> tuple[list[str], int, int, list[tuple[int
         hosts.train_step(engine, 1)
     cut = sum(
         piece.stop - piece.start
-        for call in engine.basic_optimizer._host.calls
-        for store in call
+        for store in engine.basic_optimizer.stores
         for piece in store.pieces
-        if engine.basic_optimizer._every_group[store.group]["algorithm"] == "muon"
+        if engine.basic_optimizer.param_groups[store.group]["algorithm"] == "muon"
         and piece.stop - piece.start > 0
         and piece.stop - piece.start < getattr(piece.parameter, "ds_numel", piece.parameter.numel())
     )

@@ -33,11 +33,9 @@ def everything(engine: Any) -> dict[str, Tensor]:
     for key in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
         whole = hosts.gather_whole(engine, lambda s, p, key=key: hosts.piece_of(s, p, optimizer.state[s.tensor].get(key)))
         result.update({f"{name}: {key}": t for name, t in whole.items()})
-    for part in optimizer._parts or ():
-        part.collect()
-    result.update({f"{name}: spectrum": rows.nan_to_num(-1.0) for name, rows in optimizer._spectra.items()})
-    for store in (store for call in optimizer._host.calls for store in call):
-        if optimizer._every_group[store.group]["algorithm"] == "adamw":
+    result.update({f"{name}: spectrum": rows.nan_to_num(-1.0) for name, rows in optimizer.spectra.items()})
+    for store in optimizer.stores:
+        if optimizer.param_groups[store.group]["algorithm"] == "adamw":
             result["step"] = optimizer.state[store.tensor]["step"]
     return result
 
@@ -226,8 +224,8 @@ def test_measurements_reach_deepspeeds_monitor(lines: bool, tmp_path: Path) -> N
 def names_and_depths() -> set[float]:
     engine = start(3, "fp32", 1)
     hosts.train_step(engine, 0)
-    assert len(engine.basic_optimizer._parts) > 3  # sub-groups, which know nothing of each other
-    bound = [b for part in engine.basic_optimizer._parts for d in part.optimizer._domains for b in d.parameters if b.muon]
+    assert len(engine.basic_optimizer.engines) > 3  # sub-groups, which know nothing of each other
+    bound = [b for each in engine.basic_optimizer.engines for d in each.domains for b in d.parameters if b.travels]
     dist.barrier()
     return {b.depth for b in bound}
 

@@ -289,7 +289,7 @@ def test_there_are_six_configs() -> None:
 def bucket_bytes() -> list[int]:
     engine = hosts.start(hosts.config(1, params={"bucket_mb": 0.25}))
     hosts.train_step(engine, 0)
-    return [part.optimizer._options.bucket_bytes for part in engine.basic_optimizer._parts]
+    return [each.options.bucket_bytes for each in engine.basic_optimizer.engines]
 
 
 def test_the_bucket_size_reaches_the_exchange() -> None:

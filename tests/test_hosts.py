@@ -230,7 +230,7 @@ def two_meshes() -> tuple[int, float]:
         before = dense.to_local().clone()
         optimizer.step()
     assert torch.equal(before, dense.to_local())
-    assert len(optimizer._domains) == 2
+    assert len(optimizer.engine.domains) == 2
     return optimizer.skipped_steps, float(dense.to_local().sum())
 
 

@@ -107,8 +107,8 @@ def fused_blocks(data_parallel: int) -> float:
         if mode == "cut":
             expected = expected.flatten()[slice(*span)]
         results.append(float((mine.detach() - expected).norm() / (reference.parameters["w"] - whole).norm()))
-        owners = optimizer._domains[0].plan.owners
-        assert len(optimizer._domains[0].ranks) == world and len(owners) == 2
+        owners = optimizer.engine.domains[0].plan.owners
+        assert len(optimizer.engine.domains[0].ranks) == world and len(owners) == 2
     return max(results)
 
 

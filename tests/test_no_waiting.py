@@ -60,7 +60,7 @@ def test_a_step_on_a_device_neither_asks_for_values_nor_copies_from_the_host(opt
         p.grad = torch.randn_like(p)
     for _ in range(3):
         optimizer.step()
-    (domain,) = optimizer._domains
+    (domain,) = optimizer.engine.domains
     domain.device = domain.exchange._device = DEVICE
     domain._flags = ([], domain._flags[1])
     domain.left_out, domain.iteration = (torch.zeros((), dtype=torch.int32, device=DEVICE) for _ in range(2))

@@ -251,7 +251,7 @@ def bound_gpt(zero: int) -> tuple[list[int], list[tuple[int, int]]]:
         fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     optimizer = MuonDist(build_param_groups(model, split={"qkv": (256, 256, 256)}), ns_steps=5, wire_dtype="bf16", compute_dtype="bf16")
     optimizer.bind()
-    plan = optimizer._domains[0].plan
+    plan = optimizer.engine.domains[0].plan
     owned = [sum(t.flops for t, o in zip(plan.matrices, plan.owners, strict=True) if o == r) for r in range(2)]
     return owned, [(load.bytes_sent, load.bytes_received) for load in plan.loads()]
 

@@ -119,7 +119,7 @@ def test_a_setting_that_changes_is_noticed_at_the_next_step() -> None:
         p.grad = torch.randn(32, 64)
         with products_in(precision):
             optimizer.step()
-        assert optimizer._domains[0].products.fp32 == precision
+        assert optimizer.engine.domains[0].products.fp32 == precision
 
 
 def other_settings() -> str:

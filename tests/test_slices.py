@@ -60,7 +60,7 @@ def stepped(shapes: list[tuple[int, int]], dim: int, options: dict[str, Any]) ->
     optimizer.step()
     with Collectives() as collectives:
         optimizer.step()
-    plan, me = optimizer._domains[0].plan, optimizer._domains[0].me
+    plan, me = optimizer.engine.domains[0].plan, optimizer.engine.domains[0].me
     return {"collectives": Counter(collectives.names), "load": plan.loads()[me], "added_up": int(plan.bucket_loads().added_up.sum())}
 
 
@@ -101,7 +101,7 @@ def updates_of_special_parameters(placement: str) -> dict[str, torch.Tensor]:
     optimizer = MuonDist(groups, lr=1.0, weight_decay=0.0, ns_steps=5, placement=placement)
     optimizer.step()
     if placement == "gram":
-        assert set(optimizer._domains[0].plan.owners) == {SLICED}
+        assert set(optimizer.engine.domains[0].plan.owners) == {SLICED}
     return {k: models.whole(p) - values[k] for k, p in parameters.items()}
 
 

@@ -24,7 +24,7 @@ def one_step(placement: str, shapes: list[tuple[int, int]], bucket_mb: float) ->
     models.backward(model, 1, placement)
     with Recorder() as recorder, Collectives() as collectives:
         optimizer.step()
-    plan, me = optimizer._domains[0].plan, optimizer._domains[0].me
+    plan, me = optimizer.engine.domains[0].plan, optimizer.engine.domains[0].me
     state = {
         key: sum(
             (v.to_local() if isinstance(v, DTensor) else v).numel() for s in optimizer.state.values() for k, v in s.items() if k == key
@@ -38,7 +38,7 @@ def one_step(placement: str, shapes: list[tuple[int, int]], bucket_mb: float) ->
         "planned": (plan.loads()[me].bytes_sent, plan.loads()[me].bytes_received),
         "collectives": Counter(collectives.names),
         "buckets": len(plan.buckets),
-        "domains": len(optimizer._domains),
+        "domains": len(optimizer.engine.domains),
         "state": state,
         "keys": [sorted(s) for s in optimizer.state.values()],
         "owned": len([o for o in plan.owners if o == me]),
@@ -316,25 +316,25 @@ def test_frozen_matrices_neither_travel_nor_are_orthogonalised() -> None:
 
 def rerouted(world: int) -> tuple[int, int, int]:
     """Of how many buckets the route is made anew where the schedule of one matrix changes; of all; and on the other ranks."""
-    from muon_dist import domain as domains
+    from muon_dist import program as programs
 
     model = models.make_bank([(12, 8)] * 8, torch.float32)
     optimizer = MuonDist(model.named_parameters(), bucket_mb=0.0004, burn_in=100)
     models.backward(model, 0, "replicas")
     models.average_replicas(model)
     optimizer.step()
-    (domain,) = optimizer._domains
-    own, routed = domains.route_bucket, []
-    domains.route_bucket = lambda plan, bucket, *rest: routed.append(bucket) or own(plan, bucket, *rest)
+    (program,) = optimizer.engine.programs
+    own, routed = programs.route_bucket, []
+    programs.route_bucket = lambda plan, bucket, *rest: routed.append(bucket) or own(plan, bucket, *rest)
     try:
-        before = list(domain.exchange.routes)
-        domain.adaptation.schedules[0] = Policy().schedule(Choice(0, 3, 0.28))
-        domain.regroup([0])
+        before = [bucket.route for bucket in program.buckets]
+        program.adaptation.schedules[0] = Policy().schedule(Choice(0, 3, 0.28))
+        program.regroup([0])
     finally:
-        domains.route_bucket = own
-    same = sum(a is b for a, b in zip(before, domain.exchange.routes, strict=True))
-    assert same == len(before) - len(routed) and domain.batch_keys[0][1] == domain.adaptation.schedules[0]
-    return len(routed), len(before), int(domain.plan.owners[0] == domain.me)
+        programs.route_bucket = own
+    same = sum(a is bucket.route for a, bucket in zip(before, program.buckets, strict=True))
+    assert same == len(before) - len(routed) and program.batch_keys[0][1] == program.adaptation.schedules[0]
+    return len(routed), len(before), int(program.domain.plan.owners[0] == program.domain.me)
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -5,9 +5,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 # What the modules of a room may import of ours; "optimizer" is the modules of muon_dist/ itself.
-MATHEMATICS = {"polar", "sharding", "spectrum"}
+MATHEMATICS = {"polar", "rules", "sharding", "spectrum"}
 ALLOWED = {
     "polar": {"polar"},
+    "rules": {"rules", "polar"},
     "sharding": {"sharding"},
     "spectrum": {"spectrum", "polar"},
     "run": {"run"},

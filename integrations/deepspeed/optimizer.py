@@ -12,6 +12,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from muon_dist.engine import Engine
 from muon_dist.groups import STRUCTURE, group_routes, read_groups
 from muon_dist.polar.polynomials import Schedule
 from muon_dist.rendezvous import gather_objects
@@ -20,12 +21,12 @@ from muon_dist.sharding.layout import ShardLayout
 from muon_dist.sharding.plan import Plan
 from muon_dist.telemetry import Telemetry
 
-from ..part import Part, all_holders, new_state, not_finite
+from ..host_views import HostViews, all_holders, new_state, not_finite
 from ..settings import names_given, naming
 from .settings import plan_options, read_settings, refuse_unsupported
 from .tensor_parallel import local_shape, tensor_parallel_group, whole_shape
 from .views import mismatch, views_of
-from .wrappers import Host, describe
+from .wrappers import Host, Store, describe
 
 # Keys of groups that are DeepSpeed's
 HOST_KEYS = frozenset({"moe", "name"})
@@ -64,7 +65,7 @@ class MuonDist(torch.optim.Optimizer):
         arguments, patterns = read_settings(settings)
         engine = _building[-1] if _building else None
         self._engine: Any = None
-        self._parts: list[Part] | None = None  # one for each of the host's calls
+        self._parts: list[HostViews] | None = None  # one for each of the host's calls
         self._host: Host | None = None
         self._verdict: Tensor | None = None
         self._spectra: dict[str, Tensor] = {}
@@ -115,7 +116,8 @@ class MuonDist(torch.optim.Optimizer):
 
         self._host = describe(engine.optimizer, self.param_groups, data_parallel)
         self._tensor_parallel = tensor_parallel
-        for store in (store for call in self._host.calls for store in call):
+        self._call_of = {store.tensor: k for k, stores in enumerate(self._host.calls) for store in stores}
+        for store in self.stores:
             self.state[store.tensor] = new_state(store.tensor, self.param_groups[store.group]["algorithm"])
         monitor = getattr(engine, "monitor", None)
         if monitor is not None and monitor.enabled and any(group.get("ns_steps") == "adaptive" for group in self.param_groups):
@@ -124,10 +126,16 @@ class MuonDist(torch.optim.Optimizer):
         self._every_group = self.param_groups  # also while a wrapper shows only one
         self._structure = [{key: group[key] for key in STRUCTURE & set(group) - {"params"}} for group in self.param_groups]
 
-    def _bind(self) -> list[Part]:
-        """The parts; the first call checks them against the parameters' values, on all ranks, and is collective."""
+    def bind(self) -> None:
+        """Make an engine for each of the host's calls, and check against the parameters' values, on all ranks, what it works on.
+
+        Collective at the first call, which the first step makes; then nothing happens.
+
+        Raises:
+            ValueError: stores that hold other values, or parameters that DeepSpeed's own Muon would take.
+        """
         if self._parts is not None:
-            return self._parts
+            return
         engine, host = self._engine, self._host
         assert host is not None  # attached
         names = {p: name for name, p in engine.module.named_parameters()}
@@ -145,7 +153,6 @@ class MuonDist(torch.optim.Optimizer):
         device = torch.device(get_accelerator().current_device_name())
         views = [views_of(stores, self._every_group, names, holders, self._tensor_parallel, device) for stores in host.calls]
         options = plan_options(self._arguments)
-        parts = [Part(each, self._every_group, lambda t: self.state[t], self._spectra, options=options) for each in views]
         sizes = {name: math.prod(whole_shape(p, name)) for p, name in names.items() if p.requires_grad}
         trained = [route.name for route in self.routes if route.algorithm == "muon"]
         told = gather_objects((next(filter(None, (mismatch(stores, names) for stores in host.calls)), ""), sizes, trained), None)
@@ -153,12 +160,20 @@ class MuonDist(torch.optim.Optimizer):
             if problem:
                 raise ValueError(f"rank {rank}: {problem}")
         all_sizes = {name: numel for _, each, _ in told for name, numel in each.items()}  # of all pipeline stages
-        for part in parts:
-            part.optimizer._all_names = sorted({name for _, _, each in told for name in each})
-            part.optimizer._model_numel = sum(all_sizes.values())
-            part.optimizer._telemetry = self._telemetry
-        self._parts = parts
-        return parts
+        self._parts = [
+            HostViews(
+                each,
+                self._every_group,
+                lambda t: self.state[t],
+                self._spectra,
+                options=options,
+                host_decides=host.checks_gradients or len(views) > 1,  # DeepSpeed, or this optimizer for all calls together
+                telemetry=self._telemetry,
+                all_names=sorted({name for _, _, names_there in told for name in names_there}),
+                model_numel=sum(all_sizes.values()),
+            )
+            for each in views
+        ]
 
     # ------------------------------------------------------------------------------------------------------------ step
 
@@ -175,13 +190,13 @@ class MuonDist(torch.optim.Optimizer):
                 "the engine. Without DeepSpeed use muon_dist.MuonDist"
             )
         self._take_over_loaded()
-        parts = self._bind()
-        given = {id(t) for group in self.param_groups for t in group["params"]}
-        assert self._host is not None  # bound
-        call = next((k for k, stores in enumerate(self._host.calls) if {id(store.tensor) for store in stores} == given), None)
-        if call is None:
+        self.bind()
+        assert self._parts is not None and self._host is not None  # bound
+        given = [t for group in self.param_groups for t in group["params"]]
+        call = self._call_of.get(given[0], -1) if given else -1
+        if call < 0 or set(given) != {store.tensor for store in self._host.calls[call]}:
             raise ValueError("DeepSpeed stepped tensors that it did not have when it was initialised: this wrapper is not supported")
-        parts[call].step(self._every_group, self._decide(call))
+        self._parts[call].step(self._every_group, self._decide(call))
         return None
 
     def _decide(self, call: int) -> Tensor | None:
@@ -206,6 +221,23 @@ class MuonDist(torch.optim.Optimizer):
         return [float(group["lr"]) / base if base else 1.0 for group in self.param_groups]
 
     @property
+    def stores(self) -> list[Store]:
+        """The tensors that DeepSpeed steps, with what each holds of the model's parameters."""
+        return [] if self._host is None else [store for call in self._host.calls for store in call]
+
+    @property
+    def spectra(self) -> dict[str, Tensor]:
+        """The measured spectra by the names of parameters, those under way included. Doesn't communicate."""
+        for engine in self.engines:
+            engine.collect()
+        return self._spectra
+
+    @property
+    def engines(self) -> list[Engine]:
+        """What steps DeepSpeed's tensors, an engine for each of its calls. Empty before the first step."""
+        return [part.engine for part in self._parts or ()]
+
+    @property
     def routes(self) -> list[Route]:
         """Every parameter's route, with the reason."""
         return self._routes
@@ -213,23 +245,23 @@ class MuonDist(torch.optim.Optimizer):
     @property
     def schedules(self) -> dict[str, tuple[tuple[int, int], Schedule]]:
         """Every matrix's shape and the schedule that it gets now, by name. Empty before the first step."""
-        return {name: found for part in self._parts or () for name, found in part.schedules.items()}
+        return {name: found for engine in self.engines for name, found in engine.schedules.items()}
 
     @property
     def plans(self) -> list[tuple[tuple[int, ...], Plan]]:
         """As `muon_dist.MuonDist.plans`, of everything that DeepSpeed steps. Empty before the first step."""
-        return [plan for part in self._parts or () for plan in part.plans]
+        return [plan for engine in self.engines for plan in engine.plans]
 
     @property
     def skipped_steps(self) -> int:
         """Steps that MuonDist left out because a gradient was not finite; DeepSpeed counts those that it leaves out itself."""
         own = 0 if self._skipped is None else int(self._skipped.item())
-        return own + sum(part.optimizer.skipped_steps for part in self._parts or ())
+        return own + sum(engine.skipped_steps for engine in self.engines)
 
     @property
     def skipped_updates(self) -> int:
         """As `muon_dist.MuonDist.skipped_updates`. Waits for the device."""
-        return sum(part.optimizer.skipped_updates for part in self._parts or ())
+        return sum(engine.skipped_updates for engine in self.engines)
 
     # ----------------------------------------------------------------------------------------------------- state dicts
 
@@ -240,8 +272,7 @@ class MuonDist(torch.optim.Optimizer):
         what DeepSpeed's converter to universal checkpoints looks for. Every group carries the spectra and all groups' settings.
         """
         self._take_over_loaded()
-        for part in self._parts or ():
-            part.collect()
+        spectra = self.spectra
         packed = super().state_dict()
         state = {}
         for key, entry in packed["state"].items():
@@ -251,7 +282,7 @@ class MuonDist(torch.optim.Optimizer):
             state[key] = entry
         kept = {
             "groups": [{k: v for k, v in group.items() if k != "params"} for group in packed["param_groups"]],
-            "spectra": {name: rows.clone() for name, rows in self._spectra.items()},
+            "spectra": {name: rows.clone() for name, rows in spectra.items()},
         }
         return {"state": state, "param_groups": [{**group, SAVED: kept} for group in packed["param_groups"]]}
 
@@ -291,7 +322,7 @@ class MuonDist(torch.optim.Optimizer):
             group.update({**saved, **self._structure[i]})
             for name, rows in kept["spectra"].items():
                 self._spectra[name] = torch.as_tensor(rows, device="cpu").to("cpu", torch.float64, copy=True)
-        for store in (store for call in self._host.calls for store in call):
+        for store in self.stores:
             state = self.state[store.tensor]
             if self._every_group[store.group]["algorithm"] == "muon" and "exp_avg" in state:
                 momentum = state.pop("exp_avg")

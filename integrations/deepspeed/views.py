@@ -10,7 +10,7 @@ from torch import Tensor
 
 from muon_dist.sharding.layout import ShardLayout
 
-from ..part import View
+from ..host_views import HostView
 from . import tensor_parallel
 from .wrappers import Piece, Store, whole_span
 
@@ -22,7 +22,7 @@ def views_of(
     holders: Callable[[Any], Any],
     tensor_parallel_group: Any,
     device: torch.device,
-) -> list[View]:
+) -> list[HostView]:
     """The views of the stores that DeepSpeed steps in one call.
 
     Args:
@@ -41,7 +41,7 @@ def views_of(
             layout = ShardLayout(global_shape=(numel,), span=span, group=store.ranks, device=device)
             name = f"adamw of group {store.group}, store {number}"
             views.append(
-                View(tensor=store.tensor, span=None, name=name, layout=layout, group=store.group, reason="elementwise, as one tensor")
+                HostView(tensor=store.tensor, span=None, name=name, layout=layout, group=store.group, reason="elementwise, as one tensor")
             )
             continue
         for piece in store.pieces:
@@ -58,7 +58,7 @@ def views_of(
                 )
             held = _span(piece) if store.flat else None
             views.append(
-                View(tensor=store.tensor, span=held, name=name, layout=layout, group=store.group, reason="as DeepSpeed's group says")
+                HostView(tensor=store.tensor, span=held, name=name, layout=layout, group=store.group, reason="as DeepSpeed's group says")
             )
     return views
 

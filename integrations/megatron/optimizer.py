@@ -32,7 +32,7 @@ from muon_dist.spectrum.policy import ACCURACY
 from muon_dist.telemetry import Telemetry
 from muon_dist.version import __version__ as version
 
-from ..part import Part, View, new_state, not_finite
+from ..host_views import HostView, HostViews, new_state, not_finite
 from ..settings import DEFAULTS, naming
 from .parameters import Described, Groups, current_device, describe, groups_of, whole_model
 from .settings import FLAGS, MuonDistSettings, arguments, completed, plan_options, refuse_unsupported
@@ -87,9 +87,9 @@ class MuonDist(torch.optim.Optimizer):
         self._spectra: dict[str, Tensor] = {}
         self._groups: list[dict[str, Any]] = []  # MuonDist's own: one for each of Megatron's, algorithm and split
         self._numbers: dict[tuple[int, str, tuple[int, ...] | None], int] = {}  # of which they are
-        self._part: Part | None = None
+        self._part: HostViews | None = None
         self._bound = False
-        self._go: Tensor | None = None
+        self._happens: Tensor | None = None
         self.telemetry: Telemetry | None = None
         self.all_names: Sequence[str] = ()
         self.model_numel = 0
@@ -99,7 +99,7 @@ class MuonDist(torch.optim.Optimizer):
 
     # --------------------------------------------------------------------------------------------------------- binding
 
-    def _bind(self) -> Part | None:
+    def _bind(self) -> HostViews | None:
         """The views of what the wrapper holds; None where nothing is, as on a pipeline stage without experts.
 
         Collective at the first call, which compares them with the model's values.
@@ -118,10 +118,18 @@ class MuonDist(torch.optim.Optimizer):
             self._bound = True
             return None
         self._refuse_unlike(unlike, views)
-        self._part = Part(views, self._groups, self._state_of, self._spectra, options=plan_options(self._config))
+        self._part = HostViews(
+            views,
+            self._groups,
+            self._state_of,
+            self._spectra,
+            options=plan_options(self._config),
+            host_decides=True,
+            telemetry=self.telemetry,
+            all_names=self.all_names,
+            model_numel=self.model_numel,
+        )
         self._bound = True
-        optimizer = self._part.optimizer
-        optimizer._all_names, optimizer._model_numel, optimizer._telemetry = self.all_names, self.model_numel, self.telemetry
         return self._part
 
     def _empty_pieces(self) -> list[tuple[Piece, Described]]:
@@ -142,7 +150,7 @@ class MuonDist(torch.optim.Optimizer):
             result.append((whole_piece(p, empty, known[described.name], numel=0), described))
         return result
 
-    def _view(self, piece: Piece, described: Described) -> View:
+    def _view(self, piece: Piece, described: Described) -> HostView:
         layout = described.layout(piece.start, piece.stop)
         key = (piece.group, described.route.algorithm, described.split)
         if key not in self._numbers:
@@ -152,7 +160,7 @@ class MuonDist(torch.optim.Optimizer):
                 asked["split"] = described.split
             with naming(FLAGS):
                 self._groups += read_groups([asked], {**DEFAULTS, **self._given}, {described.name: layout})
-        return View(
+        return HostView(
             tensor=piece.tensor,
             span=None,
             name=described.name,
@@ -161,7 +169,7 @@ class MuonDist(torch.optim.Optimizer):
             reason=described.route.reason,
         )
 
-    def _refuse_unlike(self, unlike: str, views: Sequence[View]) -> None:
+    def _refuse_unlike(self, unlike: str, views: Sequence[HostView]) -> None:
         """Raise on all ranks that share parameters where a piece has other values than the model."""
         for group in dict.fromkeys(view.layout.group for view in views):
             told = gather_objects(unlike, group)
@@ -185,17 +193,22 @@ class MuonDist(torch.optim.Optimizer):
         part = self._bind()
         if part is None:
             return
-        ratio = 1.0 if self._config.muon_lr is None else self._config.muon_lr / self._config.lr
-        for group, (source, _, _) in zip(self._groups, self._numbers, strict=True):
-            given = self.param_groups[source]
-            group["lr"] = given["lr"] * (ratio if group["algorithm"] == "muon" else 1.0)
-            group["weight_decay"] = given["weight_decay"]
-            if group["algorithm"] == "adamw":  # as overrides of single groups may say
-                group["betas"], group["eps"] = tuple(given["betas"]), given["eps"]
-        if self._go is None:
-            self._go = torch.ones((), dtype=torch.bool, device=part.device)
+        if self._happens is None:
+            self._happens = torch.ones((), dtype=torch.bool, device=part.device)
         with _matmul_precision(self._config.muon_fp32_matmul_prec):
-            part.step(self._groups, self._go)
+            part.step(self._hyperparameters(), self._happens)
+
+    def _hyperparameters(self) -> list[dict[str, Any]]:
+        """Of each group what was asked for, and what Megatron's group says at this step."""
+        ratio = 1.0 if self._config.muon_lr is None else self._config.muon_lr / self._config.lr
+        result = []
+        for own, (source, algorithm, _) in zip(self._groups, self._numbers, strict=True):
+            theirs = self.param_groups[source]
+            now = {"lr": theirs["lr"] * (ratio if algorithm == "muon" else 1.0), "weight_decay": theirs["weight_decay"]}
+            if algorithm == "adamw":  # as overrides of single groups may say
+                now.update(betas=tuple(theirs["betas"]), eps=theirs["eps"])
+            result.append({**own, **now})
+        return result
 
     def gradients(self) -> Iterator[Tensor]:
         """The gradients of what lies here."""
@@ -203,15 +216,15 @@ class MuonDist(torch.optim.Optimizer):
 
     @property
     def schedules(self) -> dict[str, tuple[tuple[int, int], Schedule]]:
-        return {} if self._part is None else self._part.schedules
+        return {} if self._part is None else self._part.engine.schedules
 
     @property
     def plans(self) -> list[tuple[tuple[int, ...], Plan]]:
-        return [] if self._part is None else self._part.plans
+        return [] if self._part is None else self._part.engine.plans
 
     @property
     def skipped_updates(self) -> int:
-        return 0 if self._part is None else self._part.optimizer.skipped_updates
+        return 0 if self._part is None else self._part.engine.skipped_updates
 
     # ----------------------------------------------------------------------------------------------------- state dicts
 
@@ -223,7 +236,7 @@ class MuonDist(torch.optim.Optimizer):
     def spectra(self) -> dict[str, Tensor]:
         """The measured spectra of this rank's parameters, by name, those under way included."""
         if self._part is not None:
-            self._part.collect()
+            self._part.engine.collect()
         own = {described.name for described in self._described.values()}
         return {name: rows for name, rows in self._spectra.items() if name in own}
 

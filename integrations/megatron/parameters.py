@@ -15,7 +15,7 @@ from muon_dist.rendezvous import gather_objects, meet
 from muon_dist.routing import Route, as_patterns, matches, route_parameter
 from muon_dist.sharding.layout import ShardLayout
 
-from ..part import all_holders
+from ..host_views import all_holders
 from .layout import EXPERT, WholeParameter, cut_dimension, fused_rows, model_parameters, whole_parameter
 from .settings import MuonDistSettings
 

@@ -38,7 +38,7 @@ def run(*, width: int, layers: int, cycles: int, threads: int, device: str, json
         p.grad = torch.randn(p.shape, device=on) * (decay if p.shape[1] == width else decay[:, None])
     inside, total = 0.0, 0.0
     optimizer.step()
-    (domain,) = optimizer._domains
+    adaptation = optimizer.engine.programs[0].adaptation
 
     def timed(function: Any) -> Any:
         def call(*args: Any) -> Any:
@@ -51,7 +51,7 @@ def run(*, width: int, layers: int, cycles: int, threads: int, device: str, json
         return call
 
     for name in ("begin_step", "end_step", "record"):
-        setattr(domain.adaptation, name, timed(getattr(domain.adaptation, name)))
+        setattr(adaptation, name, timed(getattr(adaptation, name)))
     first = []
     for _ in range(policy.measure_every - 1):  # while measurements are dense
         first.append(seconds(optimizer.step, on))
@@ -60,9 +60,9 @@ def run(*, width: int, layers: int, cycles: int, threads: int, device: str, json
     more = 0.0
     for _ in range(steps):
         total += seconds(optimizer.step, on)
-        flops = [(domain.adaptation.work_of(i), domain.adaptation.schedules[i], s) for i, s in domain.adaptation.measuring.items()]
+        flops = [(adaptation.work_of(i), adaptation.schedules[i], s) for i, s in adaptation.measuring.items()]
         more += sum(work.flops(measured) - work.flops(usual) for work, usual, measured in flops)
-    usual = sum(domain.adaptation.work_of(i).flops(s) for i, s in enumerate(domain.adaptation.schedules))
+    usual = sum(adaptation.work_of(i).flops(s) for i, s in enumerate(adaptation.schedules))
     extra = moments_extra(width, optimizer.schedules[named[0][0]][1], on)
     shares = {
         "deciding, sharing, bookkeeping on the host": inside / total,

@@ -235,15 +235,15 @@ def _measure(rank: int, world: int, folder: str, device: torch.device, steps: in
         return statistics.median(times_in_turns({"work": work}, rounds, device)["work"])
 
     own = optimizer(SHAPES)
-    figures: dict[str, Any] = {"step": median(own.step), "loads": own._domains[0].plan.bucket_loads()}
+    figures: dict[str, Any] = {"step": median(own.step), "loads": own.engine.domains[0].plan.bucket_loads()}
     if world <= 2:
         schedule = schedule_for("jordan", steps)
-        batches = [torch.randn(shape) for route in own._domains[0].exchange.routes for shape in route.batch_shapes]
+        batches = [torch.randn(shape) for bucket in own.engine.programs[0].buckets for shape in bucket.route.batch_shapes]
         figures["newton_schulz"] = median(lambda: [orthogonalize_batch(b.clone(), schedule, compute_dtype=torch.float32) for b in batches])
     if world == 1:
         small = optimizer([SMALL] * COUNT)
         small.step()
-        figures["host"] = median(small.step) / float(small._domains[0].plan.bucket_loads().pieces.sum())
+        figures["host"] = median(small.step) / float(small.engine.domains[0].plan.bucket_loads().pieces.sum())
     if world == 2:
         few, many = (torch.zeros(size) for size in (2, 2**23))
         seconds = [median(lambda t=t: dist.all_to_all_single(torch.empty_like(t), t)) for t in (few, many)]

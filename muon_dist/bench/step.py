@@ -255,5 +255,5 @@ def _measure(
 
 def _imbalance(optimizer: MuonDist) -> float:
     """The largest of the domains': FLOPs of the busiest owner over max(mean, largest matrix)."""
-    plans: Sequence[Any] = [domain.plan for domain in optimizer._domains]
+    plans: Sequence[Any] = [domain.plan for domain in optimizer.engine.domains]
     return max(plan.imbalance() / plan.imbalance_lower_bound() for plan in plans)

@@ -324,9 +324,9 @@ def train(
 def spent(optimizer: MuonDist) -> tuple[float, float]:
     """What the last step took: Newton–Schulz steps per matrix, weighted by what one costs, and FLOPs over those of five Jordan steps."""
     steps = total = base = 0.0
-    for domain in optimizer._domains:
-        for i, matrix in enumerate(domain.matrices):
-            schedule, unit = domain.adaptation.schedule_now(i), flops(matrix.rows, matrix.cols, 1)
+    for program in optimizer.engine.programs:
+        for i, matrix in enumerate(program.domain.matrices):
+            schedule, unit = program.adaptation.schedule_now(i), flops(matrix.rows, matrix.cols, 1)
             steps += len(schedule) * unit
             total += flops(matrix.rows, matrix.cols, len(schedule), deflation=schedule.deflation)
             base += unit

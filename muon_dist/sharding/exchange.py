@@ -35,6 +35,11 @@ class LocalView:
     flat: tuple[int, tuple[int, ...]] | None
     slices: tuple[slice, ...] | None  # None: all of it
 
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of that tensor, as it is."""
+        return self.flat is None and self.slices is None
+
     def of(self, local: Tensor) -> Tensor:
         if self.flat is not None:
             offset, shape = self.flat
@@ -105,6 +110,15 @@ class Lane:
             in_splits=in_splits,
         )
 
+    @cached_property
+    def sizes(self) -> tuple[list[int], list[int]]:
+        """Elements of what leaves and of what arrives, leg by leg."""
+        return [leg.numel for leg in self.leaving], [leg.numel for leg in self.arriving]
+
+    @cached_property
+    def shapes(self) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+        return [leg.shape for leg in self.leaving], [leg.shape for leg in self.arriving]
+
 
 @dataclass(frozen=True, kw_only=True)
 class BucketRoute:
@@ -129,6 +143,28 @@ class BucketRoute:
     @cached_property
     def scatter(self) -> Lane:
         return Lane.of(self.scatter_out, self.scatter_in)
+
+    # the views and slots of legs, as the step meets them
+    @cached_property
+    def gather_views(self) -> list[tuple[int, LocalView | None]]:
+        return _views(self.gather.leaving)
+
+    @cached_property
+    def stay_views(self) -> list[tuple[int, LocalView | None]]:
+        return _views(self.stay)
+
+    @cached_property
+    def filled(self) -> list[Slot]:
+        """Of what arrives at this owner, and of what stays there."""
+        return _slots((*self.gather.arriving, *self.stay))
+
+    @cached_property
+    def scatter_slots(self) -> list[Slot]:
+        return _slots(self.scatter.leaving)
+
+    @cached_property
+    def stay_slots(self) -> list[Slot]:
+        return _slots(self.stay)
 
 
 def route_bucket(plan: Plan, bucket: int, me: int, stored_as_box: Callable[[int], bool], batch_keys: Sequence[Hashable]) -> BucketRoute:
@@ -189,72 +225,50 @@ def route_bucket(plan: Plan, bucket: int, me: int, stored_as_box: Callable[[int]
 
 
 class Traffic:
-    """A started all-to-all: its buffers, its Work handle, and the legs that arrive, each with its part of the buffer."""
+    """A started all-to-all: its buffers and its Work handle."""
 
-    def __init__(
-        self,
-        lane: Lane,
-        read: Callable[[Leg], Tensor],
-        *,
-        travels: bool,
-        dtype: torch.dtype,
-        device: torch.device,
-        group: dist.ProcessGroup | None,
-    ) -> None:
-        self.arriving = lane.arriving
-        self._work: dist.Work | None = None
-        self._received = torch.empty(0, dtype=dtype, device=device)
-        if not travels:
-            return
+    def __init__(self, lane: Lane, sources: list[Tensor], *, dtype: torch.dtype, device: torch.device, group: dist.ProcessGroup) -> None:
+        self._lane = lane
         self._sent = torch.empty(sum(lane.out_splits), dtype=dtype, device=device)  # kept until the collective is done
         self._received = torch.empty(sum(lane.in_splits), dtype=dtype, device=device)
-        copy([part.view(leg.shape) for leg, part in _parts(lane.leaving, self._sent)], [read(leg) for leg in lane.leaving])
+        copy(_parts(self._sent, lane.sizes[0], lane.shapes[0]), sources)
         self._work = dist.all_to_all_single(self._received, self._sent, lane.in_splits, lane.out_splits, group=group, async_op=True)
 
-    def wait(self) -> list[tuple[Leg, Tensor]]:
-        """Wait for the collective; what arrived, as views of the receive buffer. The send buffer is let go."""
-        if self._work is not None:
-            self._work.wait()
-            del self._sent
-        self._work = None
-        return [(leg, part.view(leg.shape)) for leg, part in _parts(self.arriving, self._received)]
+    def wait(self) -> list[Tensor]:
+        """Wait for the collective; what arrived, leg by leg, as views of the receive buffer. The send buffer is let go."""
+        self._work.wait()
+        del self._sent
+        return _parts(self._received, self._lane.sizes[1], self._lane.shapes[1])
 
 
 class Exchange:
-    """One rank's side of all buckets of a domain."""
+    """One rank's side of what travels in a domain. Every piece of a bucket keeps its place in the lists of its route."""
 
-    def __init__(self, routes: Sequence[BucketRoute], *, group: dist.ProcessGroup | None, device: torch.device) -> None:
-        self.routes = tuple(routes)
+    def __init__(self, *, group: dist.ProcessGroup | None, device: torch.device) -> None:
         self._group = group
         self._device = device
 
     @record_function("muon_dist::start_gather")
-    def start_gather(self, bucket: int, local: Callable[[int], Tensor]) -> Traffic:
-        """Send this rank's pieces to their owners. `local(parameter)` is the tensor in which this rank stores its fragment."""
-        route = self.routes[bucket]
-        return self._start(route, route.gather, lambda leg: _viewed(leg, local), route.gathers)
+    def start_gather(self, route: BucketRoute, local: Sequence[Tensor]) -> Traffic | None:
+        """Send this rank's pieces to their owners. `local` has, by parameter, what this rank stores, where a piece of it is sent."""
+        return self._start(route, route.gather, _viewed(route.gather_views, local)) if route.gathers else None
 
     @record_function("muon_dist::finish_gather")
-    def finish_gather(self, bucket: int, traffic: Traffic, local: Callable[[int], Tensor]) -> list[Tensor]:
+    def finish_gather(self, route: BucketRoute, traffic: Traffic | None, local: Sequence[Tensor]) -> list[Tensor]:
         """The matrices this rank owns, (B, m, n) per batch, in the wire dtype also where nothing travelled."""
-        route = self.routes[bucket]
         batches = [torch.empty(shape, dtype=route.wire, device=self._device) for shape in route.batch_shapes]
-        arrived, matrices = traffic.wait(), [batch.unbind() for batch in batches]
-        slots = [_slotted(leg, matrices) for leg, _ in arrived] + [_slotted(leg, matrices) for leg in route.stay]
-        copy(slots, [part for _, part in arrived] + [_viewed(leg, local) for leg in route.stay])
+        arrived = [] if traffic is None else traffic.wait()
+        copy(_slotted(route.filled, batches), arrived + _viewed(route.stay_views, local))
         return batches
 
     @record_function("muon_dist::start_scatter")
-    def start_scatter(self, bucket: int, batches: Sequence[Tensor]) -> Traffic:
+    def start_scatter(self, route: BucketRoute, batches: Sequence[Tensor]) -> Traffic | None:
         """Send the updates of the matrices this rank owns to all that hold a piece."""
-        route, matrices = self.routes[bucket], [batch.unbind() for batch in batches]
-        return self._start(route, route.scatter, lambda leg: _slotted(leg, matrices), route.scatters)
+        return self._start(route, route.scatter, _slotted(route.scatter_slots, batches)) if route.scatters else None
 
-    def updates_at_home(self, bucket: int, batches: Sequence[Tensor]) -> list[tuple[Leg, Tensor]]:
+    def updates_at_home(self, route: BucketRoute, batches: Sequence[Tensor]) -> list[Tensor]:
         """The updates of pieces that this rank holds and owns, rounded as if they had travelled."""
-        route = self.routes[bucket]
-        matrices = [batch.to(route.wire).unbind() for batch in batches] if route.stay else []
-        return [(leg, _slotted(leg, matrices)) for leg in route.stay]
+        return _slotted(route.stay_slots, [batch.to(route.wire) for batch in batches]) if route.stay else []
 
     def add_up(self, tensor: Tensor) -> None:
         """Add a tensor up over all ranks of the domain, in place; in fp32 at least. Collective."""
@@ -265,8 +279,9 @@ class Exchange:
         if whole is not tensor:
             tensor.copy_(whole)
 
-    def _start(self, route: BucketRoute, lane: Lane, read: Callable[[Leg], Tensor], travels: bool) -> Traffic:
-        return Traffic(lane, read, travels=travels, dtype=route.wire, device=self._device, group=self._group)
+    def _start(self, route: BucketRoute, lane: Lane, sources: list[Tensor]) -> Traffic:
+        assert self._group is not None  # one rank sends nothing
+        return Traffic(lane, sources, dtype=route.wire, device=self._device, group=self._group)
 
 
 def copy(targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -274,15 +289,25 @@ def copy(targets: list[Tensor], sources: list[Tensor]) -> None:
         torch._foreach_copy_(targets, sources)
 
 
-def _parts(legs: Sequence[Leg], buffer: Tensor) -> list[tuple[Leg, Tensor]]:
-    return list(zip(legs, buffer.split([leg.numel for leg in legs]), strict=True)) if legs else []
+def _parts(buffer: Tensor, sizes: list[int], shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    return [part.view(shape) for part, shape in zip(buffer.split(sizes), shapes, strict=True)] if sizes else []
 
 
-def _viewed(leg: Leg, local: Callable[[int], Tensor]) -> Tensor:
-    assert leg.view is not None  # only holders read
-    return leg.view.of(local(leg.parameter))
+def _views(legs: Sequence[Leg]) -> list[tuple[int, LocalView | None]]:
+    """Of pieces that this rank holds: the parameter, and where in its tensor; None for all of it."""
+    return [(leg.parameter, None if leg.view is None or leg.view.whole else leg.view) for leg in legs]
 
 
-def _slotted(leg: Leg, matrices: Sequence[Sequence[Tensor]]) -> Tensor:
-    assert leg.slot is not None  # only owners write
-    return leg.slot.of(matrices)
+def _slots(legs: Sequence[Leg]) -> list[Slot]:
+    slots = [leg.slot for leg in legs if leg.slot is not None]
+    assert len(slots) == len(legs)  # of an owner's pieces
+    return slots
+
+
+def _viewed(views: Sequence[tuple[int, LocalView | None]], local: Sequence[Tensor]) -> list[Tensor]:
+    return [local[parameter] if view is None else view.of(local[parameter]) for parameter, view in views]
+
+
+def _slotted(slots: Sequence[Slot], batches: Sequence[Tensor]) -> list[Tensor]:
+    matrices = [batch.unbind() for batch in batches]
+    return [slot.of(matrices) for slot in slots]

@@ -11,9 +11,6 @@ from torch.distributed.tensor import DTensor
 
 from .layout import Fragment, box_shape
 
-# What a state entry keeps that is laid out as its parameter, by algorithm; AdamW's has a "step" beside it, and an adaptive one "spectrum"
-VALUES = {"muon": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
-
 # A state entry has its keys on every rank from the start. Until layouts are known a value is UNSET, which means zeros; where
 # another rank keeps it, it is ELSEWHERE. Both are empty tensors that tell themselves apart by shape, so they survive pickling.
 _UNSET = (0, 0, 0, 0, 0, 0, 0)

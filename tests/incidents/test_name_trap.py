@@ -62,7 +62,7 @@ def trapped(stage: int) -> tuple[float, dict[str, float], str]:
         p.use_muon = True
     message = ""
     try:
-        late.basic_optimizer._bind()
+        late.basic_optimizer.bind()
     except ValueError as error:
         message = str(error)
     return theirs.differs(sgd[1], sgd[0]), errors, message

@@ -24,7 +24,7 @@ def misplaced(stage: int) -> tuple[int, int]:
             place = mapping.lp_fragment_address
             mine = p.detach().view(-1)[place.start : place.start + place.numel]
             fault += not torch.equal(mapping.get_hp_fragment().detach(), mine)
-    for store in (store for call in engine.basic_optimizer._host.calls for store in call):
+    for store in engine.basic_optimizer.stores:
         for piece in store.pieces:
             ours += not torch.equal(hosts.piece_of(store, piece, store.tensor), piece.values())
     return fault, ours

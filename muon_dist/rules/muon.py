@@ -1,0 +1,40 @@
+"""Muon: momentum, orthogonalised, as the update (Jordan et al., "Muon", 2024), with decoupled weight decay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..polar.scaling import update_scale
+from .rule import Fragments, Hyperparameters, MatrixRule, decay, gradient_or_zero
+
+
+class Muon(MatrixRule):
+    """p ← p·(1 − lr·wd) − lr·scale·polar(g.lerp(buf, momentum)), with buf ← buf.lerp(g, 1 − momentum), as `torch.optim.Muon`."""
+
+    name = "muon"
+    values = ("momentum_buffer",)
+
+    def prepare(self, fragments: Fragments, group: Hyperparameters, happens: Tensor) -> list[Tensor]:
+        """The Nesterov form of the momentum, or the momentum.
+
+        Where a step doesn't happen the buffer stands in for the gradient: buf.lerp_(buf, …) is buf.
+        """
+        buffers = fragments.state["momentum_buffer"]
+        fresh = [torch.where(happens, gradient_or_zero(g, b), b) for g, b in zip(fragments.grads, buffers, strict=True)]
+        torch._foreach_lerp_(buffers, fresh, 1 - group["momentum"])
+        if not group["nesterov"]:
+            return buffers
+        torch._foreach_lerp_(fresh, buffers, group["momentum"])
+        return fresh
+
+    def compute(self, batch: Tensor, orthogonalize: Callable[[Tensor], Tensor], group: Hyperparameters) -> Tensor:
+        return orthogonalize(batch)
+
+    def finalize(self, weights: list[Tensor], updates: list[Tensor], rows: int, cols: int, group: Hyperparameters, happens: Tensor) -> None:
+        lr = float(group["lr"])
+        decay(weights, 1 - lr * group["weight_decay"], happens)
+        scale = group["extra_scale_factor"] * update_scale(group["adjust_lr_fn"], rows, cols)
+        torch._foreach_add_(weights, updates, alpha=-lr * scale)
