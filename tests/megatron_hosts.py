@@ -35,11 +35,11 @@ def start(setup: Setup, **given: Any) -> tuple[list[Any], Any]:
 def pieces_of(optimizer: Any, read: Any) -> dict[str, list[tuple[int, Tensor]]]:
     """(first element in this rank's tensor, values) of every piece that lies here, by name; `read` gives its values, 1-D."""
     result: dict[str, list[tuple[int, Tensor]]] = {}
-    for inside in optimizer._inside:
-        for piece in inside._pieces:
+    for inside in optimizer.inside:
+        for piece in inside.pieces:
             value = read(inside, piece)
             if value is not None:
-                name = inside._described[piece.parameter].name
+                name = inside.described[piece.parameter].name
                 result.setdefault(name, []).append((piece.start, value.detach().float().reshape(-1).cpu().clone()))
     return result
 
@@ -49,8 +49,8 @@ def whole_tensors(chunks: list[Any], optimizer: Any, read: Any) -> dict[str, Ten
     from megatron.core import parallel_state as ps
 
     about = {}
-    for inside in optimizer._inside:
-        for p, described in inside._described.items():
+    for inside in optimizer.inside:
+        for p, described in inside.described.items():
             expert = not getattr(p, "allreduce", True)
             cut = getattr(p, "tensor_model_parallel", False) and p.partition_dim >= 0
             group = ps.get_expert_tensor_parallel_group() if expert else ps.get_tensor_model_parallel_group()
@@ -97,11 +97,11 @@ class Captured:
     def __init__(self, chunks: list[Any], optimizer: Any) -> None:
         self.chunks, self.optimizer = chunks, optimizer
         self.grads: dict[int, Tensor] = {}
-        for inside in optimizer._inside:
+        for inside in optimizer.inside:
             original = inside.step
 
             def step(*args: Any, inside: Any = inside, original: Any = original) -> Any:
-                self.grads.update({id(piece.tensor): piece.tensor.grad.detach().clone() for piece in inside._pieces})
+                self.grads.update({id(piece.tensor): piece.tensor.grad.detach().clone() for piece in inside.pieces})
                 return original(*args)
 
             inside.step = step

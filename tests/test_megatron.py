@@ -149,8 +149,8 @@ def recorded(setup: Setup, **given: Any) -> tuple[list[tuple[int, ...]], int, in
     """Of the second step on this rank: orthogonalised shapes, launches, bytes sent, collectives by name; and momentum's elements."""
     chunks, optimizer = hosts.start(setup, **given)
     hosts.train_step(setup, chunks, optimizer, 0)
-    (inside,) = optimizer._inside
-    for piece in inside._pieces:
+    (inside,) = optimizer.inside
+    for piece in inside.pieces:
         piece.tensor.grad = torch.randn(piece.tensor.shape, generator=torch.Generator().manual_seed(5 * dist.get_rank()))
     with Recorder() as recorder, Collectives() as collectives:
         inside.step()
@@ -224,7 +224,7 @@ def poisoned(setup: Setup, culprit: int) -> tuple[bool, Any, int, bool, Any]:
     """A step with a gradient that is not finite on one rank, and the next one."""
     chunks, optimizer = hosts.start(setup)
     hosts.train_step(setup, chunks, optimizer, 0)
-    held = [inside.state_dict()["state"] for inside in optimizer._inside]
+    held = [inside.state_dict()["state"] for inside in optimizer.inside]
     kept = [{k: {key: v.clone() for key, v in state.items()} for k, state in each.items()} for each in held]
     before = hosts.values_of(chunks, optimizer)
     prepare = optimizer.prepare_grads
@@ -232,7 +232,7 @@ def poisoned(setup: Setup, culprit: int) -> tuple[bool, Any, int, bool, Any]:
     def with_nan() -> bool:
         found = prepare()
         if dist.get_rank() == culprit:
-            optimizer._inside[-1]._pieces[0].tensor.grad.view(-1)[0] = float("nan")
+            optimizer.inside[-1].pieces[0].tensor.grad.view(-1)[0] = float("nan")
         return bool(found)
 
     optimizer.prepare_grads = with_nan
@@ -241,7 +241,7 @@ def poisoned(setup: Setup, culprit: int) -> tuple[bool, Any, int, bool, Any]:
     after = hosts.values_of(chunks, optimizer)
     untouched = all(torch.equal(before[name], after[name]) for name in before) and all(
         torch.equal(value, inside.state_dict()["state"][k][key])
-        for inside, each in zip(optimizer._inside, kept, strict=True)
+        for inside, each in zip(optimizer.inside, kept, strict=True)
         for k, state in each.items()
         for key, value in state.items()
     )
@@ -271,7 +271,7 @@ def overflowed() -> tuple[list[bool], float, bool]:
         after = hosts.values_of(chunks, optimizer)
         moved.append(any(not torch.equal(before[name], after[name]) for name in before))
         before = after
-    momentum = [s["momentum_buffer"] for i in optimizer._inside for s in i.state.values() if "momentum_buffer" in s]
+    momentum = [s["momentum_buffer"] for i in optimizer.inside for s in i.state.values() if "momentum_buffer" in s]
     return [a == b for a, b in zip(stepped, moved, strict=True)], sum(stepped) / len(stepped), all(t.isfinite().all() for t in momentum)
 
 

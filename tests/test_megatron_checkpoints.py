@@ -36,10 +36,10 @@ def everything(chunks: list[Any], optimizer: Any) -> dict[str, Tensor]:
     for key in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
         whole = hosts.whole_tensors(chunks, optimizer, lambda inside, piece, key=key: inside.state[piece.tensor].get(key))
         result.update({f"{name}: {key}": t for name, t in whole.items()})
-    for told in hosts.everyone([inside.spectra() for inside in optimizer._inside]):
+    for told in hosts.everyone([inside.spectra() for inside in optimizer.inside]):
         for spectra in told:
             result.update({f"{name}: spectrum": rows.nan_to_num(-1.0) for name, rows in spectra.items()})
-    steps = {float(state["step"]) for inside in optimizer._inside for state in inside.state.values()}
+    steps = {float(state["step"]) for inside in optimizer.inside for state in inside.state.values()}
     assert len(steps) == 1
     result["step"] = torch.tensor(steps.pop())
     return result
@@ -220,7 +220,7 @@ def steps_of_wrappers(setup: Setup, form: str, folder: str, loads: bool) -> list
     else:
         train(setup, chunks, optimizer, 0, SAVED_STEPS)
         save(chunks, optimizer, form, folder)
-    return [sorted({float(state["step"]) for state in inside.state.values()}) for inside in optimizer._inside]
+    return [sorted({float(state["step"]) for state in inside.state.values()}) for inside in optimizer.inside]
 
 
 def test_step_counts_of_experts_survive_where_the_first_stage_has_none(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from muon_dist.agreement import agree_on_gradients
 from muon_dist.polar.newton_schulz import moment_count
 from muon_dist.polar.polynomials import widest_schedule
 from muon_dist.polar.products import SymmetricProducts
-from muon_dist.step import Step
+from muon_dist.program import Program
+from muon_dist.step import take_step
 
 DEVICE = torch.device("meta")
 SHAPES = [(16, 16), (16, 16), (48, 16), (16, 48), (16,), (16,)]
@@ -60,26 +61,24 @@ def test_a_step_on_a_device_neither_asks_for_values_nor_copies_from_the_host(opt
         p.grad = torch.randn_like(p)
     for _ in range(3):
         optimizer.step()
-    (domain,) = optimizer.engine.domains
-    domain.device = domain.exchange._device = DEVICE
-    domain._flags = ([], domain._flags[1])
-    domain.left_out, domain.iteration = (torch.zeros((), dtype=torch.int32, device=DEVICE) for _ in range(2))
-    domain.products = SymmetricProducts(DEVICE.type)
+    (program,) = optimizer.engine.programs
+    adaptation = program.adaptation
     if options["ns_steps"] == "adaptive":  # one of two matrices of a batch is measured, and takes more steps for it
-        adaptation = domain.adaptation
         measured = dataclasses.replace(widest_schedule(3), deflation=2)
         adaptation.measuring, adaptation._line_of = {0: measured}, {0: 0}
         adaptation._buffer = torch.zeros(1, moment_count(3, 2), dtype=torch.float64, device=DEVICE)
         assert adaptation.schedule_now(0) != adaptation.schedule_now(1)
-    state = {}
-    for b in domain.parameters:
-        own, b.device, b.parameter = optimizer.state[b.parameter], DEVICE, nn.Parameter(b.parameter.to(DEVICE))
-        state[b.parameter] = {key: value.to(DEVICE) for key, value in own.items() if key != "spectrum"}
-    grads: dict[Any, Any] = {b: torch.empty_like(b.local) for b in domain.parameters}
+    for b in program.domain.parameters:
+        b.device, b.member.tensor = DEVICE, nn.Parameter(b.member.tensor.to(DEVICE))
+        b.member.state = {key: value.to(DEVICE) for key, value in b.state.items() if key != "spectrum"}
+    domain = dataclasses.replace(program.domain, device=DEVICE, products=SymmetricProducts(DEVICE.type))
+    there = Program(domain, adaptation, everywhere=False)
+    there.compile()
+    grads = [torch.empty_like(b.member.local) for b in sorted(domain.parameters, key=lambda b: b.index)]
     for _ in range(2):  # the first is not steady yet
         with FromHost() as seen, Lists() as lists:
-            agreed = agree_on_gradients([domain], grads, None, "a step")
-            local = {b: b.local for b in domain.parameters}
-            Step(domains=[domain], state=state, local=local, grads=grads, go=agreed.go).take()
+            agreed = agree_on_gradients([there.consensus], grads, None, "a step")
+            take_step([there], grads, agreed.mask, optimizer.param_groups)
+            assert there.is_current
     assert seen.operations > 50
     assert +seen.waits == {} and lists.made == 0

@@ -112,7 +112,7 @@ def test_through_deepspeed(stage: int, tmp_path: Path) -> None:
         "optimizer": {"type": "MuonDist", "params": params},
     }
     for run in run_ranks(2, trained, str(tmp_path), ds_config):
-        assert run["type"].endswith("integrations.deepspeed.optimizer.MuonDist") and run["muon"] == MATRICES
+        assert run["type"].endswith("integrations.deepspeed.optimizer.DeepSpeedMuonDist") and run["muon"] == MATRICES
         assert run["losses"][-1] < run["losses"][0] - 0.3
         assert {(algorithm, decay) for algorithm, decay, _ in run["groups"]} == {
             ("muon", 0.1),

@@ -4,7 +4,7 @@ README.md beside this file has the support table and what each setting does.
 """
 
 from .engine import register
-from .optimizer import MuonDist
+from .optimizer import DeepSpeedMuonDist as MuonDist
 
 register()
 

@@ -13,7 +13,7 @@ from deepspeed.runtime.zero import utils as zero_utils
 
 import muon_dist
 
-from .optimizer import MuonDist, building
+from .optimizer import DeepSpeedMuonDist, building
 from .settings import rates_per_group, refuse_unsupported
 
 # What "type" may be in a config
@@ -26,14 +26,14 @@ def register() -> None:
     Raises:
         ImportError: a DeepSpeed that is built differently.
     """
-    if getattr(torch.optim, "MuonDist", None) is MuonDist:
+    if getattr(torch.optim, "MuonDist", None) is DeepSpeedMuonDist:
         return
     original = getattr(DeepSpeedEngine, "_configure_optimizer", None)
     if original is None or not hasattr(zero_utils, "ZERO_SUPPORTED_OPTIMIZERS"):
         raise ImportError(f"muon_dist was tested with DeepSpeed 0.19.8; deepspeed {deepspeed.__version__} takes optimizers in another way")
     for spelling in SPELLINGS:
-        setattr(torch.optim, spelling, MuonDist)  # DeepSpeed looks optimizers up there
-    zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(MuonDist)
+        setattr(torch.optim, spelling, DeepSpeedMuonDist)  # DeepSpeed looks optimizers up there
+    zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(DeepSpeedMuonDist)
     DeepSpeedEngine._configure_optimizer = _told(original)
     DeepSpeedEngine.get_mom = _with_momentum(DeepSpeedEngine.get_mom)
 
@@ -50,7 +50,7 @@ def _with_momentum(get_mom: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(get_mom)
     def with_momentum(engine: Any) -> Any:
-        if isinstance(getattr(engine, "basic_optimizer", None), MuonDist):
+        if isinstance(getattr(engine, "basic_optimizer", None), DeepSpeedMuonDist):
             return [group["momentum"] if group["algorithm"] == "muon" else group["betas"] for group in engine.optimizer.param_groups]
         return get_mom(engine)
 
@@ -64,14 +64,14 @@ def _told(original: Callable[..., None]) -> Callable[..., None]:
             raise ValueError(
                 "deepspeed.initialize got muon_dist.MuonDist, which doesn't know DeepSpeed. Use muon_dist.integrations.deepspeed.MuonDist"
             )
-        if isinstance(client_optimizer, MuonDist):
+        if isinstance(client_optimizer, DeepSpeedMuonDist):
             refuse_unsupported(engine._config)
             untag(engine.module)  # before the wrapper looks
             engine._config.zero_force_ds_cpu_optimizer = False  # that rule is for Adam
         with building(engine):
             original(engine, client_optimizer, model_parameters)
         optimizer = engine.basic_optimizer
-        if isinstance(optimizer, MuonDist):
+        if isinstance(optimizer, DeepSpeedMuonDist):
             untag(engine.module)
             optimizer.attach(engine)
             rates = rates_per_group(engine.scheduler_name(), engine.scheduler_params(), optimizer.rate_ratios())

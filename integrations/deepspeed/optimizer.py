@@ -10,21 +10,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from muon_dist.engine import Engine
 from muon_dist.groups import STRUCTURE, group_routes, read_groups
 from muon_dist.polar.polynomials import Schedule
 from muon_dist.rendezvous import gather_objects
-from muon_dist.routing import Route, as_patterns, build_param_groups, matches
+from muon_dist.routing import Route
 from muon_dist.sharding.layout import ShardLayout
 from muon_dist.sharding.plan import Plan
 from muon_dist.telemetry import Telemetry
 
 from ..host_views import HostViews, all_holders, new_state, not_finite
 from ..settings import names_given, naming
+from .groups import as_groups, groups_by_name, split_experts
 from .settings import plan_options, read_settings, refuse_unsupported
-from .tensor_parallel import local_shape, tensor_parallel_group, whole_shape
+from .tensor_parallel import tensor_parallel_group, whole_shape
 from .views import mismatch, views_of
 from .wrappers import Host, Store, describe
 
@@ -46,7 +47,7 @@ def building(engine: Any) -> Iterator[None]:
         _building.pop()
 
 
-class MuonDist(torch.optim.Optimizer):
+class DeepSpeedMuonDist(torch.optim.Optimizer):
     """`muon_dist.MuonDist` for a DeepSpeed engine: `"optimizer": {"type": "MuonDist", "params": {...}}`.
 
     Args:
@@ -81,9 +82,9 @@ class MuonDist(torch.optim.Optimizer):
             )
         if engine is not None:
             refuse_unsupported(engine._config)
-            given = _groups_by_name(engine, params, patterns)
+            given = groups_by_name(engine, params, patterns)
         else:
-            given = _as_groups(params)
+            given = as_groups(params)
         groups = []
         for group in given:
             members = [m if isinstance(m, tuple) else ("", m) for m in group["params"]]
@@ -96,7 +97,7 @@ class MuonDist(torch.optim.Optimizer):
                 complete["param_names"], complete["params"] = [n for n, _ in named], [p for _, p in named]
                 groups.append({**complete, **{key: group[key] for key in HOST_KEYS & set(group)}})
         if engine is not None and engine.has_moe_layers:
-            groups = _split_experts(groups)
+            groups = split_experts(groups)
         super().__init__(groups, {})
         if self._telemetry is not None and all(group.get("ns_steps") != "adaptive" for group in self.param_groups):
             raise ValueError("telemetry reports what adaptive step counts measure, but no group has ns_steps='adaptive'")
@@ -330,87 +331,6 @@ class MuonDist(torch.optim.Optimizer):
                 state.pop("exp_avg_sq", None)
             if "step" in state:  # stage 3 loads one tensor for all
                 state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=store.tensor.device).clone()
-
-
-# ---------------------------------------------------------------------------------------------------------------- groups
-
-
-def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
-    items = list(params)
-    return [dict(item) for item in items] if items and all(isinstance(item, dict) for item in items) else [{"params": items}]
-
-
-def _groups_by_name(engine: Any, params: Iterable[Any], patterns: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Groups in which the engine's model tells every parameter's name, route and reading as matrices."""
-    model = engine.module
-    names = {p: name for name, p in model.named_parameters()}
-    shapes = {name: whole_shape(p, name) for p, name in names.items()}
-    asked = dict(patterns)
-    taken = [*as_patterns(asked.get("muon"), "muon"), *as_patterns(asked.get("adamw"), "adamw")]
-    symbols = [name for name in _symbol_weights(model) if not any(matches(pattern, name) for pattern in taken)]
-    asked["adamw"] = [*as_patterns(asked.get("adamw"), "adamw"), *map(_exactly, symbols)]
-    routed = {}
-    for group in build_param_groups(model, shapes=shapes, **asked):
-        view: dict[str, Any] = {key: group[key] for key in ("kind", "split", "transpose") if key in group}
-        for (name, _), reason in zip(group["params"], group["reasons"], strict=True):
-            routed[name] = (group["algorithm"], view, reason)
-    result: list[dict[str, Any]] = []
-    for group in _as_groups(params):
-        options = {key: value for key, value in group.items() if key != "params"}
-        parts: dict[Any, dict[str, Any]] = {}
-        for member in group["params"]:
-            p = member[1] if isinstance(member, tuple) else member
-            if p not in names:
-                raise ValueError(f"a parameter of shape {local_shape(p)} in model_parameters does not belong to the model")
-            if not p.requires_grad:
-                continue
-            algorithm, view, reason = routed[names[p]]
-            if "algorithm" in options:
-                algorithm, view, reason = options["algorithm"], {}, "asked for"
-            part = parts.setdefault(
-                (algorithm, tuple(view.items())), {**options, **view, "algorithm": algorithm, "params": [], "reasons": []}
-            )
-            part["params"].append((names[p], p))
-            part["reasons"].append(reason)
-        result += parts.values()
-    return result
-
-
-def _exactly(name: str) -> str:
-    """A pattern that matches this name alone, brackets and all."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name) if any(c in "*?[" for c in name) else f"[{name[0]}]{name[1:]}"
-
-
-def _symbol_weights(model: nn.Module) -> list[str]:
-    """The weights of AutoTP's embeddings and output heads, which are not torch's classes any more."""
-    from deepspeed.module_inject import layers
-
-    kinds = tuple(
-        getattr(layers, kind)
-        for kind in ("EmbeddingLayer", "VocabParallelEmbedding", "HiddenParallelEmbedding", "VocabParallelLinear", "LmHeadLinearAllreduce")
-        if hasattr(layers, kind)
-    )
-    return [
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, kinds) and getattr(module, "weight", None) is not None
-    ]
-
-
-def _split_experts(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Groups in which experts are by themselves, each expert-parallel size with its name, as DeepSpeed's wrappers expect."""
-    result = []
-    for group in groups:
-        parts: dict[str | None, dict[str, Any]] = {}
-        for name, reason, p in zip(group["param_names"], group["reasons"], group["params"], strict=True):
-            expert = None if getattr(p, "allreduce", True) else p.group_name
-            part = parts.setdefault(expert, {**group, "params": [], "param_names": [], "reasons": []})
-            part["params"].append(p)
-            part["param_names"].append(name)
-            part["reasons"].append(reason)
-        for expert, part in parts.items():
-            result.append(part if expert is None else {**part, "moe": True, "name": expert})
-    return result
 
 
 def _to_monitor(engine: Any) -> Callable[[int, Mapping[str, float]], None]:

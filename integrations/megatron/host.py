@@ -16,7 +16,8 @@ from typing import Any
 import torch.distributed as dist
 
 from .arguments import ASKED, add_muon_dist_args, was_asked_for
-from .optimizer import FOREIGN, build_wrappers, building_wrappers, get_muon_dist_optimizer, megatrons
+from .inside import FOREIGN
+from .optimizer import build_wrappers, building_wrappers, get_muon_dist_optimizer, megatrons
 from .settings import NAME, completed
 
 

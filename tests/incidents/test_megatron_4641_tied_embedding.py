@@ -30,7 +30,7 @@ def test_the_fault() -> None:
 def ours() -> tuple[list[str], bool]:
     chunks, optimizer = hosts.start(SETUP)
     shared = {id(p) for p in chunks[0].parameters() if getattr(p, "shared_embedding", False)}
-    names = [each.name for inside in optimizer._inside for p, each in inside._described.items() if id(p) in shared]
+    names = [each.name for inside in optimizer.inside for p, each in inside.described.items() if id(p) in shared]
     for k in range(3):
         hosts.set_rates(optimizer, 0.05)
         hosts.train_step(SETUP, chunks, optimizer, k)

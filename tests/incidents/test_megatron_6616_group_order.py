@@ -31,9 +31,9 @@ def shuffled(setup: Setup) -> float:
     """The worst error of an update where one rank has its groups, and what is in them, the other way round."""
     chunks, optimizer = hosts.start(setup)
     if dist.get_rank() == 1:
-        for inside in optimizer._inside:
-            inside._pieces.reverse()
-            inside._described = dict(reversed(list(inside._described.items())))
+        for inside in optimizer.inside:
+            inside.pieces.reverse()
+            inside.described = dict(reversed(list(inside.described.items())))
     return max(hosts.update_errors(setup, chunks, optimizer, steps=2, lr=0.05).values())
 
 
