@@ -20,9 +20,11 @@ from muon_dist.engine import Engine
 from muon_dist.groups import PlanOptions, view_of
 from muon_dist.rendezvous import gather_objects, meet
 from muon_dist.routing import Route
-from muon_dist.rules import RULES
+from muon_dist.rules import Rule, rule_of
 from muon_dist.sharding.layout import ShardLayout
 from muon_dist.telemetry import Telemetry
+
+OfMatrices = dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ class HostViews:
         views: in an order equal on all ranks that share them, those of which nothing lies here included.
         groups: complete parameter groups (`muon_dist.groups.read_groups`), which hold the hyperparameters.
         state_of: gives the state of one of the host's tensors, laid out as the tensor: what `new_state` made.
-        spectra: the rows of measured spectra, by the names of parameters; filled as they are measured.
+        of_matrices: what is kept of whole matrices, by key ("spectrum", and what rules declare) and name of parameter; filled as it comes.
         options: of the plan.
         host_decides, telemetry, all_names, model_numel: as of `Engine`.
     """
@@ -67,7 +69,7 @@ class HostViews:
         views: Sequence[HostView],
         groups: Sequence[Mapping[str, Any]],
         state_of: Callable[[Tensor], dict[str, Any]],
-        spectra: dict[str, Tensor],
+        of_matrices: OfMatrices,
         *,
         options: PlanOptions,
         host_decides: bool,
@@ -76,10 +78,10 @@ class HostViews:
         model_numel: int = 0,
     ) -> None:
         self.engine = Engine(options=options, host_decides=host_decides, telemetry=telemetry, all_names=all_names, model_numel=model_numel)
-        self._state_of, self._spectra, self._host_decides = state_of, spectra, host_decides
+        self._state_of, self._of_matrices = state_of, of_matrices
         self._views = tuple(views)
         self._members = [_member(view, groups[view.group]) for view in views]
-        self._rules = [RULES[groups[view.group]["algorithm"]] for view in views]
+        self._rules = [rule_of(groups[view.group]) for view in views]
         self._memory: list[Any] = []  # in which the host's tensors and their state were when members were linked to them
         by_tensor = {id(view.tensor): (view.tensor, rule) for view, rule in zip(views, self._rules, strict=True)}
         self._counted = [tensor for tensor, rule in by_tensor.values() if not rule.counts_steps]
@@ -97,11 +99,12 @@ class HostViews:
                 for key in rule.keys:
                     member.state[key] = state[key] if key == "step" else view.of(state[key])
             self._memory = memory
-        for member in self._members:
-            rows = self._spectra.get(member.name)
-            if rows is not None and member.state.get("spectrum") is not rows:
-                member.state["spectrum"] = rows
-                self.engine.unbind()  # its adaptation works on other rows
+        for key, by_name in self._of_matrices.items():
+            for member in self._members:
+                value = by_name.get(member.name)
+                if value is not None and member.state.get(key) is not value:
+                    member.state[key] = value
+                    self.engine.unbind()  # which works on other numbers
 
     def step(self, groups: Sequence[Mapping[str, Any]], verdict: Tensor | None) -> None:
         """Step by the gradients of the host's tensors, with the hyperparameters of all `groups` as they are now."""
@@ -109,9 +112,10 @@ class HostViews:
         self.engine.bind(self._members, groups)
         grads = [None if view.tensor.grad is None else view.of(view.tensor.grad) for view in self._views]
         self.engine.step(grads, groups, verdict)
-        for member in self._members:
-            if (rows := member.state.get("spectrum")) is not None:
-                self._spectra[member.name] = rows
+        for member, rule in zip(self._members, self._rules, strict=True):
+            for key in ("spectrum", *(value.name for value in rule.of_matrices)):
+                if (value := member.state.get(key)) is not None:
+                    self._of_matrices.setdefault(key, {})[member.name] = value
         for tensor in self._counted if verdict is not None else ():  # other rules count by themselves
             self._state_of(tensor)["step"] += verdict
 
@@ -126,9 +130,9 @@ def _member(view: HostView, group: Mapping[str, Any]) -> Member:
     return Member(name=view.name, tensor=view.of(view.tensor.detach()), route=route, group=view.group, state={}, layout=view.layout)
 
 
-def new_state(tensor: Tensor, algorithm: str) -> dict[str, Tensor]:
+def new_state(tensor: Tensor, rule: Rule) -> dict[str, Tensor]:
     """The state of a host's tensor before the first step."""
-    state = {key: torch.zeros_like(tensor, requires_grad=False) for key in RULES[algorithm].values}
+    state = {key: torch.zeros_like(tensor, requires_grad=False) for key in rule.values}
     return {**state, "step": torch.zeros((), dtype=torch.float32, device=tensor.device)}
 
 

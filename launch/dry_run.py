@@ -57,7 +57,9 @@ def dry_run(options: Options, ranks: Ranks) -> None:
     adaptive, five = options.ns_steps in (None, "adaptive"), 5
     schedules = predict(parameters, Policy(accuracy=options.accuracy, coverage=options.coverage))[0] if adaptive else None
     steps = five if adaptive else int(options.ns_steps or five)
-    plan, state, adamw = plan_model(parameters, dp=dp, tp=tp, zero=zero, ns_steps=steps, options=PlanOptions(), schedules=schedules)
+    plan, state, adamw = plan_model(
+        parameters, dp=dp, tp=tp, zero=zero, ns_steps=steps, options=PlanOptions(), schedules=schedules, rule=options.rule or "muon"
+    )
     print(f"\nMuon, {'step counts as the scaling laws predict them until they are measured' if adaptive else f'{steps} steps'}:")
     report(plan, state, adamw, bucket_mb=64, model_flops=6 * numel * tokens, tokens=tokens)
 

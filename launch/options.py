@@ -13,6 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from muon_dist.rules import MATRIX_RULES
+from muon_dist.spectrum.policy import ACCURACIES, ACCURACY
+
 # What the DeepSpeed config says, so that the flag may not.
 IN_DEEPSPEED_CONFIG = {
     "optimizer": "optimizer.type",
@@ -32,9 +35,10 @@ IN_DEEPSPEED_CONFIG = {
     "burn_in": "optimizer.params.burn_in",
     "measure_every": "optimizer.params.measure_every",
     "deflation": "optimizer.params.deflation",
+    "rule": "optimizer.params.rule",
 }
 # A checkpoint goes on only with the same of these.
-OF_A_RUN = ("engine", "optimizer", "layers", "width", "heads", "context", "vocabulary", "data", "data_dtype", "holdout", "seed")
+OF_A_RUN = ("engine", "optimizer", "rule", "layers", "width", "heads", "context", "vocabulary", "data", "data_dtype", "holdout", "seed")
 DATA_DTYPES = ("bytes", "uint16", "uint32", "int32")
 
 
@@ -80,6 +84,7 @@ class Options:
     burn_in: int | None = 0
     measure_every: int | None = 20
     deflation: int | None = None
+    rule: str | None = "muon"
 
     deepspeed_config: str | None = None
     tp: int = 1
@@ -173,8 +178,8 @@ def parser() -> argparse.ArgumentParser:
     add(
         optimizer,
         "accuracy",
-        "for adaptive steps: no further from UVᵀ than so many Jordan steps (default jordan4)",
-        choices=[f"jordan{k}" for k in range(3, 9)],
+        f"for adaptive steps: no further from UVᵀ than so many Jordan steps (default {ACCURACY})",
+        choices=ACCURACIES,
     )
     add(optimizer, "coverage", "for adaptive steps, instead: share of directions to bring near 1, at any price", type=float)
     add(optimizer, "burn_in", "for adaptive steps: steps until the first measurement", type=int)
@@ -185,6 +190,8 @@ def parser() -> argparse.ArgumentParser:
         "dominant directions flattened before Newton–Schulz (default: 0; adaptive: as many as pay)",
         type=int,
     )
+
+    add(optimizer, "rule", "for muon_dist: what matrices are updated by", choices=MATRIX_RULES)
 
     hosts = root.add_argument_group("engines")
     add(hosts, "deepspeed_config", "for --engine deepspeed: batch, precision, schedule, clipping and optimizer", metavar="FILE")
@@ -293,7 +300,7 @@ def completed(given: dict[str, Any]) -> Options:
 
 def _complete_optimizer(options: dict[str, Any], given: dict[str, Any]) -> None:
     if options["optimizer"] == "adamw":
-        for name in ("adam_lr", "ns_steps", "accuracy", "coverage", "burn_in", "measure_every", "deflation"):
+        for name in ("adam_lr", "ns_steps", "accuracy", "coverage", "burn_in", "measure_every", "deflation", "rule"):
             if name in given:
                 raise ValueError(f"{flag(name)} needs --optimizer muon_dist")
             options[name] = None

@@ -221,7 +221,7 @@ def find_checkpoint(options: Options, sources: dict[str, Any], log: Log) -> Chec
         raise ValueError(f"{options.checkpoints} has {checkpoint.path.name}, and --resume is never: choose another --out, or remove it")
     saved, now = checkpoint.about["options"], dataclasses.asdict(options)
     for name in OF_A_RUN:
-        if saved[name] != now[name]:
+        if saved.get(name, now[name]) != now[name]:
             raise ValueError(
                 f"{checkpoint.path} is of a run with {flag(name)} {saved[name]}, not {now[name]}: choose another --out, or the same flags"
             )

@@ -15,20 +15,30 @@ from .adaptation import blank_state
 from .bound import BoundParameter, Member
 from .comparison import all_gather_rows
 from .groups import policy_of
+from .matrix_state import values_of
 from .polar.matrix_view import matrices_of
 from .program import Program
-from .rules import RULES
+from .rules import rule_of
 from .sharding.state import complete_replicas, elsewhere, fit_state, is_absent, is_elsewhere, is_unset, unset
 
 
 def declare(member: Member, group: Mapping[str, Any]) -> None:
     """Give a member's state its keys."""
-    for key in RULES[group["algorithm"]].keys:
+    rule, view = rule_of(group), member.route.view
+    for key in rule.keys:
         member.state.setdefault(key, unset())
-    view = member.route.view
-    if view is not None and policy_of(group) is not None and "spectrum" not in member.state:
-        shape = tuple(member.tensor.shape) if member.layout is None else member.layout.global_shape
-        member.state["spectrum"] = blank_state(len(matrices_of(shape, view, member.name)))
+    if view is None:
+        return
+    adapts = policy_of(group) is not None and "spectrum" not in member.state
+    if not adapts and all(value.name in member.state for value in rule.of_matrices):
+        return
+    shape = tuple(member.tensor.shape) if member.layout is None else member.layout.global_shape
+    matrices = matrices_of(shape, view, member.name)
+    if adapts:
+        member.state["spectrum"] = blank_state(len(matrices))
+    dtype = torch.promote_types(member.tensor.dtype, torch.float32)
+    for name, count in values_of(rule, [(m.rows, m.cols) for m in matrices]).items():
+        member.state.setdefault(name, torch.zeros(count, dtype=dtype, device="cpu"))
 
 
 def allocate(program: Program, bound: BoundParameter) -> None:

@@ -144,7 +144,10 @@ def _planned(
     for position, b in enumerate(parameters):
         b.position = position
         if b.matrices:
-            key = (b.group["algorithm"], b.fixed or "adaptive", str(b.compute_dtype), b.group["compute_dtype"] is None, b.group["eps"])
+            alike = (b.fixed or "adaptive", str(b.compute_dtype), b.group["compute_dtype"] is None, b.group["eps"])
+            rule, view = b.rule, b.member.route.view
+            assert view is not None  # what travels is read as matrices
+            key = (rule.name, *alike, view.transpose if rule.of_matrices else None, b.member.group if rule.hyperparameters else None)
             schedules = adaptation.schedules[len(matrices) : len(matrices) + len(b.matrices)]
             tasks += matrix_tasks(b.name, position, b.matrices, schedules, b.compute_dtype, b.wire_dtype, products, batch_key=key)
             matrices += b.matrices

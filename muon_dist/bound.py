@@ -14,7 +14,7 @@ from .polar.matrix_view import Matrix
 from .polar.newton_schulz import default_compute_dtype
 from .polar.polynomials import Schedule
 from .routing import Route
-from .rules import RULES, Rule
+from .rules import MatrixRule, Rule, rule_of
 from .sharding.layout import Placement, ShardLayout, box_shape, local_tensor
 from .spectrum.policy import Policy
 
@@ -81,12 +81,12 @@ class BoundParameter:
 
     @property
     def rule(self) -> Rule:
-        return RULES[self.group["algorithm"]]
+        return rule_of(self.group)
 
     @property
     def travels(self) -> bool:
         """Whether it is updated as whole matrices."""
-        return self.member.route.view is not None
+        return isinstance(self.rule, MatrixRule)
 
     def compute_dtype_for(self, schedule: Schedule) -> torch.dtype:
         """What a matrix is computed in: as asked, or by the schedule's reach on an accelerator."""

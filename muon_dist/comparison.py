@@ -54,7 +54,7 @@ def _compare_parameters(domain: Domain) -> None:
     """Names, routes, shapes, and the hyperparameters that owners use."""
     lines = [
         f"{b.name or b.position}: {b.member.route.algorithm} {b.placement.shape} {b.member.tensor.dtype} "
-        f"{[b.group.get(k) for k in (*COMPARED, *sorted(POLICY_KEYS))]}"
+        f"{[b.group.get(k) for k in (*COMPARED, *sorted(POLICY_KEYS), 'rule', *b.rule.hyperparameters)]}"
         for b in domain.parameters
     ]
     lines.append(f"fp32 products in {domain.products.fp32} (torch.set_float32_matmul_precision)")
@@ -78,6 +78,7 @@ def compare_state(domain: Domain) -> None:
             ("optimizer state", holders, 0),
             ("a step count", [rank for rank in range(len(rows)) if rows[rank, 0] == _HERE], 1),
             ("a measured spectrum", range(len(rows)), 2),
+            ("state of its matrices", range(len(rows)), 4),
         ):
             unlike = next((rank for rank in ranks if rows[rank, column] != rows[ranks[0], column]), None)
             if unlike is not None:
@@ -88,7 +89,7 @@ def compare_state(domain: Domain) -> None:
 
 
 def _described(b: BoundParameter) -> Tensor:
-    """(4,), int64: whether there is state, the step count where there is one, and checksums of the spectrum and of the state's values."""
+    """(5,), int64: whether there is state, its step count, and checksums of the spectrum, of values, and of what is kept of matrices."""
     entry = b.state
     values = [entry.get(key, unset()) for key in b.rule.values]
     code = _ELSEWHERE if any(map(is_elsewhere, values)) else _UNSET if any(map(is_unset, values)) else _HERE
@@ -96,7 +97,9 @@ def _described(b: BoundParameter) -> Tensor:
     step = int(entry["step"]) if counted else 0
     spectrum = checksum(entry["spectrum"]) if isinstance(entry.get("spectrum"), Tensor) else 0
     total = sum(((k + 1) * checksum(local_tensor(value)).cpu() for k, value in enumerate(values)), start=torch.zeros((), dtype=torch.int64))
-    return torch.stack([torch.as_tensor(v, dtype=torch.int64, device="cpu") for v in (code, step, spectrum, total if code == _HERE else 0)])
+    known = [entry[value.name] for value in b.rule.of_matrices if value.name in entry]
+    numbers = (code, step, spectrum, total if code == _HERE else 0, sum((checksum(v).cpu() for v in known), start=torch.tensor(0)))
+    return torch.stack([torch.as_tensor(number, dtype=torch.int64, device="cpu") for number in numbers])
 
 
 def _unlike_state(domain: Domain, name: str, what: str, first: int, second: int, values: Tensor) -> str:

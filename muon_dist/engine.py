@@ -35,6 +35,7 @@ Groups = Sequence[Mapping[str, Any]]
 # A change of these in a group changes the plan or what owners compute, so the next step binds again.
 REBIND_KEYS = (
     "algorithm",
+    "rule",
     "ns_steps",
     "polynomial",
     "deflation",
@@ -227,20 +228,26 @@ class Engine:
                 allocation.drop_copies(program)
             self._has_copies = False
         self._follow(compile=True)
+        for program in self._programs:
+            program.matrix_state.receive()
         self._adapt()
         agreed = self._agree(grads, verdict)
         take_step(self._programs, grads, agreed.mask, groups)
         for program in self._programs:
             program.adaptation.end_step()
+            program.matrix_state.share()
 
     def _follow(self, *, compile: bool) -> None:
         """Go on from what a user or host did to weights and state: what is gone begins anew, what was replaced is taken up."""
         for program in self._programs:
             if program.is_current:
                 continue
-            for b in program.missing:
+            if missing := program.missing:
+                program.matrix_state.receive()  # not what was on its way when it began anew
+            for b in missing:
                 allocation.declare(b.member, b.group)
                 allocation.allocate(program, b)
+            program.matrix_state.take_over()
             for b in program.domain.parameters:
                 if not program.adaptation.taken_over(b):
                     program.adaptation.take_over(b)
@@ -315,10 +322,11 @@ class Engine:
     # ----------------------------------------------------------------------------------------------------------- state
 
     def collect(self) -> None:
-        """Write measurements that are under way into the state. Doesn't communicate, but may wait for what does."""
+        """Write what is under way into the state: measurements, and values of matrices. Starts no communication."""
         self._follow(compile=False)
         for program in self._programs:
             program.adaptation.collect()
+            program.matrix_state.receive()
 
     def consolidate(self) -> None:
         """Bring the state of replicated members to every rank; the next step lets the copies go again. Collective."""

@@ -23,12 +23,13 @@ from .polar.products import SymmetricProducts, check_kernels, products_on
 from .polar.scaling import update_scale
 from .roles import says_nothing
 from .routing import ALGORITHMS, Route, refuse_flattened, route_parameter
+from .rules import RULES, rule_of
 from .sharding.layout import ShardLayout
 from .sharding.owners import PLACEMENTS
 from .spectrum.policy import Policy
 
 # Keys that describe a group itself; a loaded state dict never changes them.
-STRUCTURE = frozenset({"params", "param_names", "name", "algorithm", "reasons", "kind", "split", "transpose"})
+STRUCTURE = frozenset({"params", "param_names", "name", "algorithm", "rule", "reasons", "kind", "split", "transpose"})
 # What only ns_steps="adaptive" takes; None stands for the default of `Policy`.
 POLICY_KEYS = frozenset({"accuracy", "coverage", "tol", "min_ns_steps", "max_ns_steps", "measure_every", "burn_in", "noise_floor"})
 MUON_KEYS = frozenset(
@@ -37,7 +38,8 @@ MUON_KEYS = frozenset(
     | POLICY_KEYS
 )
 ADAMW_KEYS = frozenset({"lr", "weight_decay", "betas", "eps"})
-GROUP_KEYS = {"muon": STRUCTURE | MUON_KEYS, "adamw": STRUCTURE - {"kind", "split", "transpose"} | ADAMW_KEYS}
+GROUP_KEYS = {"muon": STRUCTURE | MUON_KEYS, "adamw": STRUCTURE - {"kind", "split", "transpose", "rule"} | ADAMW_KEYS}
+RULE_KEYS = frozenset(key for rule in RULES.values() for key in rule.hyperparameters)  # of one rule or another
 # What other libraries call a group's keys
 MISNOMERS = {
     "learning_rate": "lr",
@@ -108,7 +110,8 @@ def _read_group(group: Mapping[str, Any], defaults: Mapping[str, Any], layouts: 
     if algorithm is not None and algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm={algorithm!r}: choose 'muon' or 'adamw'")
     options = {k: v for k, v in group.items() if k not in ("params", "param_names", "algorithm", "reasons")}
-    _refuse_unknown(set(options), {algorithm} if algorithm else set(ALGORITHMS), defaults)
+    rule = rule_of({"algorithm": "muon", "rule": options.get("rule", defaults["rule"])})
+    _refuse_unknown(set(options), {algorithm} if algorithm else set(ALGORITHMS), defaults, rule.hyperparameters)
     reasons = group.get("reasons")
     parts: dict[tuple[str, MatrixView | None], dict[str, Any]] = {}
     if not named and algorithm is not None:  # an empty group stays, so that schedulers find as many as were given
@@ -126,7 +129,7 @@ def _read_group(group: Mapping[str, Any], defaults: Mapping[str, Any], layouts: 
         part = parts.setdefault((route.algorithm, route.view), {"params": [], "reasons": []})
         part["params"].append((name, p) if name else p)
         part["reasons"].append(reasons[k] if reasons else route.reason)
-    _refuse_unknown(set(options), {algorithm for algorithm, _ in parts}, defaults)
+    _refuse_unknown(set(options), {algorithm for algorithm, _ in parts}, defaults, rule.hyperparameters)
     return [_complete(part, *key, options, defaults) for key, part in parts.items()]
 
 
@@ -140,10 +143,10 @@ def _warn_of_name(name: str, shape: Sequence[int]) -> None:
     )
 
 
-def _refuse_unknown(keys: set[str], algorithms: set[str], arguments: Iterable[str]) -> None:
+def _refuse_unknown(keys: set[str], algorithms: set[str], arguments: Iterable[str], own: Iterable[str]) -> None:
     """Raise for keys that mean something elsewhere, or are all but one that is known; others are a user's own, and are kept."""
-    known = set().union(*(GROUP_KEYS[a] for a in algorithms)) - {"params", "param_names", "algorithm", "reasons"}
-    elsewhere = set().union(*GROUP_KEYS.values(), PLAN_KEYS, arguments, NOT_OF_GROUPS)
+    known = set(own).union(*(GROUP_KEYS[a] for a in algorithms)) - {"params", "param_names", "algorithm", "reasons"}
+    elsewhere = set().union(*GROUP_KEYS.values(), RULE_KEYS, PLAN_KEYS, arguments, NOT_OF_GROUPS)
     for key in sorted(keys - known - SCHEDULER_KEYS):
         meant = MISNOMERS.get(key) or next(iter(difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.8)), None)
         if key in elsewhere or meant is not None:
@@ -167,12 +170,17 @@ def _complete(
         assert view is not None
         complete.update({key: defaults[key] for key in MUON_KEYS - {"lr"}})
         complete.update(kind=view.kind, split=view.split, transpose=view.transpose)
+        rule = options.get("rule", defaults["rule"])
+        if rule != "muon":  # torch.distributed.checkpoint refuses a checkpoint that lacks a key of a group, and old ones lack this one
+            complete["rule"] = rule
+        own_options = (defaults["rule_options"] or {}) if rule == defaults["rule"] else {}
+        complete.update({**rule_of(complete).hyperparameters, **own_options})
     else:
         decay = defaults["adam_weight_decay"]
         complete.update(
             weight_decay=defaults["weight_decay"] if decay is None else decay, betas=defaults["adam_betas"], eps=defaults["adam_eps"]
         )
-    complete.update({k: v for k, v in options.items() if k not in ("kind", "split", "transpose")})
+    complete.update({k: v for k, v in options.items() if k not in ("kind", "split", "transpose", "rule")})
     if isinstance(complete["lr"], Tensor):  # a scheduler writes into it, for each group by itself
         complete["lr"] = complete["lr"].clone()
     if algorithm == "adamw":
@@ -278,6 +286,10 @@ def _check_arguments(defaults: Mapping[str, Any]) -> None:
         if defaults[key] is not None:
             _check_number(key, defaults[key])
     _check_betas("adam_betas", defaults["adam_betas"])
+    own, given = rule_of({"algorithm": "muon", "rule": defaults["rule"]}).hyperparameters, defaults["rule_options"]
+    if given is not None and (not isinstance(given, Mapping) or not set(given) <= set(own)):
+        takes = f"has {', '.join(sorted(own))}" if own else "has none"
+        raise ValueError(f"rule_options={given!r}: a mapping of the rule's own hyperparameters, and {defaults['rule']!r} {takes}")
 
 
 def check_group(group: Mapping[str, Any]) -> None:
@@ -293,6 +305,7 @@ def check_group(group: Mapping[str, Any]) -> None:
         _check_betas("betas", group["betas"])
         return
     number("momentum", 1)
+    rule_of(group).check(group)
     if not isinstance(group["nesterov"], bool):
         raise ValueError(f"nesterov must be True or False, got {group['nesterov']!r}")
     if policy_of(group) is None:

@@ -50,6 +50,11 @@ def _refuse_other_algorithm(k: int, saved: Mapping[str, Any], own: Mapping[str, 
     algorithm = own["algorithm"]
     entries = [state[i] for i in saved["params"] if i in state]
     foreign = "exp_avg" if algorithm == "muon" else "momentum_buffer"
+    if algorithm == "muon" and saved.get("rule", "muon") != own.get("rule", "muon"):
+        raise ValueError(
+            f"group {k} was saved with rule={saved.get('rule', 'muon')!r}, but this optimizer's is {own.get('rule', 'muon')!r}, which "
+            "keeps other state. Build the optimizer as it was saved, or start this one without its state, from the model's weights alone"
+        )
     as_saved = saved.get("algorithm", algorithm)
     if any(foreign in entry for entry in entries) or (algorithm == "muon" and "betas" in saved):
         as_saved = "adamw" if algorithm == "muon" else "muon"

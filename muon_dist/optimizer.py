@@ -19,10 +19,11 @@ from . import allocation
 from .bound import Member
 from .engine import Engine
 from .gradients import local_gradient
-from .groups import GROUP_KEYS, PlanOptions, align_group, group_routes, read_groups
+from .groups import PlanOptions, align_group, group_routes, read_groups
 from .loading import translate_state
 from .polar.polynomials import Polynomial, Schedule
 from .routing import Route
+from .rules import RULES
 from .sharding.layout import ShardLayout
 from .sharding.plan import Plan
 from .sharding.state import is_elsewhere, is_unset
@@ -58,6 +59,9 @@ class MuonDist(torch.optim.Optimizer):
         adjust_lr_fn: "match_rms_adamw" (0.2·√max(rows, cols)), "original" or None (√max(1, rows/cols)), "spectral"
             (√(rows/cols)) or "none".
         extra_scale_factor: multiplies every update of Muon beside that, and not its weight decay.
+        rule: what matrices are updated by: "muon", or "normuon" (NorMuon: rows of every update are brought to like size by a running mean
+            of their squares, arXiv 2510.05491). A group may have another.
+        rule_options: the rule's own hyperparameters: of NorMuon "beta2" (.95), of that mean. They stand in groups by their names.
         adam_betas, adam_eps: AdamW's.
         compute_dtype: of Newton–Schulz, a dtype or a name ("bf16"). None: bf16 on an accelerator, fp32 on a CPU, fp64 for
             fp64 parameters.
@@ -117,6 +121,8 @@ class MuonDist(torch.optim.Optimizer):
         replicate_momentum: bool | None = None,
         nonfinite: str = "skip",
         extra_scale_factor: float = 1.0,
+        rule: str = "muon",
+        rule_options: Mapping[str, Any] | None = None,
         deflation: int | None = None,
         accuracy: str | None = None,
         coverage: float | None = None,
@@ -156,6 +162,8 @@ class MuonDist(torch.optim.Optimizer):
             "wire_dtype": wire_dtype,
             "eps": eps,
             "extra_scale_factor": extra_scale_factor,
+            "rule": rule,
+            "rule_options": rule_options,
             "deflation": deflation,
             "accuracy": accuracy,
             "coverage": coverage,
@@ -197,9 +205,10 @@ class MuonDist(torch.optim.Optimizer):
         """Add a group; one without an "algorithm" becomes up to two, Muon's and AdamW's. The next step binds again."""
         ready = read_groups([param_group], self.defaults, self._layouts) if self._reading else [param_group]
         for group in ready:
+            complete = set(group)
             super().add_param_group(group)
             added = self.param_groups[-1]
-            for key in set(added) & set(self.defaults) - GROUP_KEYS[added["algorithm"]]:  # the base class fills in every default
+            for key in set(added) & set(self.defaults) - complete:  # the base class fills in every default
                 del added[key]
             self._declare(added)
 
@@ -395,10 +404,14 @@ class MuonDist(torch.optim.Optimizer):
         finally:
             translation.remove()
         # the base class casts all state to its parameter's dtype, where these numbers would lose their meaning
+        kept_by_name = {value.name for rule in RULES.values() for value in rule.of_matrices}
         ids = (i for group in loaded["param_groups"] for i in group["params"])
         for i, p in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
-            if isinstance(rows := loaded["state"].get(i, {}).get("spectrum"), Tensor):
+            entry = loaded["state"].get(i, {})
+            if isinstance(rows := entry.get("spectrum"), Tensor):
                 self.state[p]["spectrum"] = rows.detach().to("cpu", torch.float64, copy=True)
+            for key in kept_by_name & entry.keys():
+                self.state[p][key] = entry[key].detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
         self._declare_all()
         self._engine.unbind()  # the next step checks what was loaded and agrees again
 

@@ -19,6 +19,8 @@ from .adaptation import Adaptation
 from .agreement import Consensus
 from .bound import BoundParameter, stored_as_box
 from .domain import Domain
+from .matrix_state import MatrixState
+from .polar.matrix_view import Matrix
 from .polar.newton_schulz import Slices
 from .rules import ElementwiseRule, MatrixRule
 from .sharding.exchange import BucketRoute, Exchange, Leg, route_bucket
@@ -70,8 +72,9 @@ class Batch:
     Attributes:
         matrices: their numbers in the domain.
         members: their parameters', in the engine.
-        first: the parameter of the first; in what matters here the others are like it.
+        first, shape: the parameter of the first, and it; in what matters here the others are like it.
         slices: the part that this rank works on; None: whole matrices.
+        state: what the rule keeps of each matrix, by name.
         rank: the smaller side of a whole one.
         counts: whether this rank counts and records what all ranks know of them.
     """
@@ -80,6 +83,8 @@ class Batch:
     members: list[int]
     first: BoundParameter
     slices: Slices | None
+    state: dict[str, list[Tensor]]
+    shape: Matrix
     rank: int
     counts: bool
 
@@ -116,11 +121,15 @@ class Program:
     def __init__(self, domain: Domain, adaptation: Adaptation, *, everywhere: bool) -> None:
         self.domain, self.adaptation, self.everywhere = domain, adaptation, everywhere
         self.consensus = Consensus(domain)
+        self.matrix_state = MatrixState(domain)
         self.exchange = Exchange(group=domain.process_group, device=domain.device)
         self.buckets: list[Bucket] = []
         self.elementwise: list[FragmentRun] = []
         self._batch_keys: list[Hashable] = []
-        self._keys = [(*b.rule.keys, "spectrum") if b.policy is not None else b.rule.keys for b in domain.parameters]
+        self._keys = [
+            (*b.rule.keys, *(v.name for v in b.rule.of_matrices), *(("spectrum",) if b.policy is not None else ()))
+            for b in domain.parameters
+        ]
         self._places: list[int] = []  # of the weights in memory, for which this was compiled
         self._state: list[Any] = []  # the state that was, and what it is in
 
@@ -179,7 +188,9 @@ class Program:
 
     def move_to(self, domain: Domain) -> None:
         """Go on with other owners. The next `compile` takes them up."""
+        self.matrix_state.receive()
         self.domain = self.consensus.domain = domain
+        self.matrix_state = MatrixState(domain)
 
     def _route(self, bucket: int) -> BucketRoute:
         domain = self.domain
@@ -218,6 +229,8 @@ class Program:
                     members=[b.index for b in bound],
                     first=bound[0],
                     slices=slices,
+                    state={v.name: [self.matrix_state.of(i, v.name) for i in indices] for v in bound[0].rule.of_matrices},
+                    shape=domain.matrices[indices[0]],
                     rank=min(shape),
                     counts=slicing is None or domain.me == 0,  # all ranks have the moments of what is sliced
                 )
@@ -259,8 +272,9 @@ class Program:
     @property
     def missing(self) -> list[BoundParameter]:
         """Parameters whose state has gone, or holds no values where this rank keeps it."""
-        return [
-            b
-            for b in self.domain.parameters
-            if any(key not in b.state or (self.keeps(b) and is_absent(b.state[key])) for key in b.rule.keys)
-        ]
+        return [b for b in self.domain.parameters if self._lacks(b)]
+
+    def _lacks(self, b: BoundParameter) -> bool:
+        if not b.state.keys() >= set(self._keys[b.position]):
+            return True
+        return self.keeps(b) and any(is_absent(b.state[key]) for key in b.rule.keys)

@@ -23,7 +23,7 @@ from .polar.plausible import are_plausible
 from .polar.polynomials import Schedule
 from .program import Batch, Bucket, FragmentRun, PieceRun, Program
 from .rules import MatrixRule
-from .rules.rule import Fragments
+from .rules.rule import Fragments, MatrixBatch
 from .sharding.exchange import Traffic
 
 Groups = Sequence[Mapping[str, Any]]  # hyperparameters, by the numbers of groups
@@ -82,10 +82,17 @@ class _Job:
         first, rule = batch.first, batch.first.rule
         assert isinstance(rule, MatrixRule)  # others have no matrices
 
-        def orthogonalize(matrices: Tensor) -> Tensor:
-            return _orthogonalize(self.program, batch, matrices, keep)
-
-        return rule.compute(values, orthogonalize, self._groups[first.member.group])
+        matrices = MatrixBatch(
+            values=values,
+            happens=keep,
+            transpose=batch.shape.transpose,
+            outputs=batch.shape.rows,
+            inputs=batch.shape.cols,
+            state=batch.state,
+            orthogonalize=lambda x: _orthogonalize(self.program, batch, x, keep),
+            slices=batch.slices,
+        )
+        return rule.compute(matrices, self._groups[first.member.group])
 
     @record_function("muon_dist::apply")
     def finalize(self, runs: Sequence[PieceRun], updates: list[Tensor]) -> None:

@@ -162,18 +162,22 @@ class Captured:
         return result
 
 
-def reference_for(engine: Any, params: dict[str, Any], matrices: set[str] = MATRICES) -> ReferenceMuon:
+def reference_for(
+    engine: Any, params: dict[str, Any], matrices: set[str] = MATRICES, kind: type[ReferenceMuon] = ReferenceMuon
+) -> ReferenceMuon:
     values = values_of(engine)
-    reference = ReferenceMuon(
+    reference = kind(
         values, {n: [p.shape[0]] for n, p in values.items() if n in matrices}, lr=params["lr"], weight_decay=params.get("weight_decay", 0.1)
     )
     return reference
 
 
-def update_errors(engine: Any, params: dict[str, Any], steps: int, matrices: set[str] = MATRICES) -> dict[str, float]:
+def update_errors(
+    engine: Any, params: dict[str, Any], steps: int, matrices: set[str] = MATRICES, kind: type[ReferenceMuon] = ReferenceMuon
+) -> dict[str, float]:
     """Train, and compare every update with the reference's on the same reduced gradients: the worst relative error per parameter."""
     captured = Captured(engine)
-    reference = reference_for(engine, params, matrices)
+    reference = reference_for(engine, params, matrices, kind)
     worst: dict[str, float] = {}
     for k in range(steps):
         before = values_of(engine)

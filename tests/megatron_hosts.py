@@ -140,6 +140,7 @@ def update_errors(
     separate: bool = True,
     scale: float = 5.0,
     reference: dict[str, Any] | None = None,
+    kind: type[ReferenceMuon] = ReferenceMuon,
 ) -> dict[str, float]:
     """Train, and compare every update with the reference's on the same gradients: the worst relative error per parameter.
 
@@ -147,6 +148,7 @@ def update_errors(
         separate: fused projections are several matrices.
         scale: what the learning rate of Muon's matrices is multiplied by; 5 makes the reference's .2·√max Megatron's √max.
         reference: arguments of the reference that differ.
+        kind: the reference.
     """
     from megatron.core.utils import get_model_config
 
@@ -161,7 +163,7 @@ def update_errors(
         for name, algorithm in told.items():
             if algorithm == "muon":
                 muon[name] = sorted_rows(name, first[name], config)[1] if separate else [first[name].shape[0]]
-    naive = ReferenceMuon(fold(first), muon, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.999), **(reference or {}))
+    naive = kind(fold(first), muon, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.999), **(reference or {}))
     worst: dict[str, float] = {}
     for k in range(steps):
         set_rates(optimizer, lr, weight_decay)

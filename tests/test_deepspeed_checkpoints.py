@@ -33,7 +33,8 @@ def everything(engine: Any) -> dict[str, Tensor]:
     for key in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
         whole = hosts.gather_whole(engine, lambda s, p, key=key: hosts.piece_of(s, p, optimizer.state[s.tensor].get(key)))
         result.update({f"{name}: {key}": t for name, t in whole.items()})
-    result.update({f"{name}: spectrum": rows.nan_to_num(-1.0) for name, rows in optimizer.spectra.items()})
+    for key, by_name in optimizer.of_matrices.items():
+        result.update({f"{name}: {key}": value.nan_to_num(-1.0) for name, value in by_name.items()})
     for store in optimizer.stores:
         if optimizer.param_groups[store.group]["algorithm"] == "adamw":
             result["step"] = optimizer.state[store.tensor]["step"]

@@ -327,7 +327,7 @@ def engine_with(kind: str, params: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["MuonDist", "muon_dist", "muondist", "Muon-Dist"])
 def test_every_spelling_of_the_name_is_known(kind: str) -> None:
     (told,) = run_ranks(1, engine_with, kind, {"momentum": 0.9})
-    assert told["optimizer"] == "MuonDist"
+    assert told["optimizer"] == "DeepSpeedMuonDist"
     assert sorted(map(str, told["momenta"])) == ["(0.9, 0.95)", "0.9"]  # of AdamW's group and of Muon's, which had 0.0
 
 

@@ -36,9 +36,9 @@ def everything(chunks: list[Any], optimizer: Any) -> dict[str, Tensor]:
     for key in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
         whole = hosts.whole_tensors(chunks, optimizer, lambda inside, piece, key=key: inside.state[piece.tensor].get(key))
         result.update({f"{name}: {key}": t for name, t in whole.items()})
-    for told in hosts.everyone([inside.spectra() for inside in optimizer.inside]):
-        for spectra in told:
-            result.update({f"{name}: spectrum": rows.nan_to_num(-1.0) for name, rows in spectra.items()})
+    for told in hosts.everyone([inside.of_matrices() for inside in optimizer.inside]):
+        for key, by_name in (pair for known in told for pair in known.items()):
+            result.update({f"{name}: {key}": value.nan_to_num(-1.0) for name, value in by_name.items()})
     steps = {float(state["step"]) for inside in optimizer.inside for state in inside.state.values()}
     assert len(steps) == 1
     result["step"] = torch.tensor(steps.pop())

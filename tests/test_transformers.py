@@ -148,6 +148,7 @@ def under_ddp(folder: str, how: str, steps: int, resume: bool) -> dict[str, Any]
     from transformers import Trainer, TrainingArguments
 
     from muon_dist import MuonDist, build_param_groups
+    from muon_dist.allocation import drop_copies
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=os.environ.get("MASTER_PORT", "29500"))
     args = TrainingArguments(
@@ -172,7 +173,8 @@ def under_ddp(folder: str, how: str, steps: int, resume: bool) -> dict[str, Any]
         trainer = Trainer(model, args, train_dataset=Text(), optimizers=(optimizer, None))
     trainer.train(resume_from_checkpoint=resume or None)
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    optimizer._drop_copies()  # which the last checkpoint has brought here, and the next step lets go
+    for program in optimizer.engine.programs:
+        drop_copies(program)  # which the last checkpoint has brought here, and the next step lets go
     held = sum(entry["momentum_buffer"].numel() for entry in optimizer.state.values() if "momentum_buffer" in entry)
     return {"weights": {n: p.detach().clone() for n, p in trainer.model.named_parameters()}, "held": held}
 

@@ -17,11 +17,12 @@ from muon_dist.groups import STRUCTURE, group_routes, read_groups
 from muon_dist.polar.polynomials import Schedule
 from muon_dist.rendezvous import gather_objects
 from muon_dist.routing import Route
+from muon_dist.rules import rule_of
 from muon_dist.sharding.layout import ShardLayout
 from muon_dist.sharding.plan import Plan
 from muon_dist.telemetry import Telemetry
 
-from ..host_views import HostViews, all_holders, new_state, not_finite
+from ..host_views import HostViews, OfMatrices, all_holders, new_state, not_finite
 from ..settings import names_given, naming
 from .groups import as_groups, groups_by_name, split_experts
 from .settings import plan_options, read_settings, refuse_unsupported
@@ -69,7 +70,7 @@ class DeepSpeedMuonDist(torch.optim.Optimizer):
         self._parts: list[HostViews] | None = None  # one for each of the host's calls
         self._host: Host | None = None
         self._verdict: Tensor | None = None
-        self._spectra: dict[str, Tensor] = {}
+        self._of_matrices: OfMatrices = {}
         self._skipped: Tensor | None = None
         self._arguments, self._given = arguments, frozenset(settings)
         self._telemetry: Telemetry | None = None
@@ -119,7 +120,7 @@ class DeepSpeedMuonDist(torch.optim.Optimizer):
         self._tensor_parallel = tensor_parallel
         self._call_of = {store.tensor: k for k, stores in enumerate(self._host.calls) for store in stores}
         for store in self.stores:
-            self.state[store.tensor] = new_state(store.tensor, self.param_groups[store.group]["algorithm"])
+            self.state[store.tensor] = new_state(store.tensor, rule_of(self.param_groups[store.group]))
         monitor = getattr(engine, "monitor", None)
         if monitor is not None and monitor.enabled and any(group.get("ns_steps") == "adaptive" for group in self.param_groups):
             directory, sinks = self._arguments["telemetry_dir"], self._arguments["telemetry_sinks"]
@@ -166,7 +167,7 @@ class DeepSpeedMuonDist(torch.optim.Optimizer):
                 each,
                 self._every_group,
                 lambda t: self.state[t],
-                self._spectra,
+                self._of_matrices,
                 options=options,
                 host_decides=host.checks_gradients or len(views) > 1,  # DeepSpeed, or this optimizer for all calls together
                 telemetry=self._telemetry,
@@ -229,9 +230,14 @@ class DeepSpeedMuonDist(torch.optim.Optimizer):
     @property
     def spectra(self) -> dict[str, Tensor]:
         """The measured spectra by the names of parameters, those under way included. Doesn't communicate."""
+        return self.of_matrices.get("spectrum", {})
+
+    @property
+    def of_matrices(self) -> OfMatrices:
+        """What is kept of whole matrices, by key and name of parameter, with what is under way. Doesn't communicate."""
         for engine in self.engines:
             engine.collect()
-        return self._spectra
+        return self._of_matrices
 
     @property
     def engines(self) -> list[Engine]:
@@ -273,7 +279,7 @@ class DeepSpeedMuonDist(torch.optim.Optimizer):
         what DeepSpeed's converter to universal checkpoints looks for. Every group carries the spectra and all groups' settings.
         """
         self._take_over_loaded()
-        spectra = self.spectra
+        known = self.of_matrices
         packed = super().state_dict()
         state = {}
         for key, entry in packed["state"].items():
@@ -283,7 +289,12 @@ class DeepSpeedMuonDist(torch.optim.Optimizer):
             state[key] = entry
         kept = {
             "groups": [{k: v for k, v in group.items() if k != "params"} for group in packed["param_groups"]],
-            "spectra": {name: rows.clone() for name, rows in spectra.items()},
+            "spectra": {name: rows.clone() for name, rows in known.get("spectrum", {}).items()},
+            "of_matrices": {
+                key: {name: value.detach().clone() for name, value in by_name.items()}
+                for key, by_name in known.items()
+                if key != "spectrum"
+            },
         }
         return {"state": state, "param_groups": [{**group, SAVED: kept} for group in packed["param_groups"]]}
 
@@ -314,15 +325,16 @@ class DeepSpeedMuonDist(torch.optim.Optimizer):
             if kept is None:
                 continue
             saved = kept["groups"][i]
-            if saved["algorithm"] != self._structure[i]["algorithm"]:
-                raise ValueError(
-                    f"group {i} was saved for {saved['algorithm']}, but this optimizer gives it to {self._structure[i]['algorithm']}"
-                )
+            was, now = rule_of(saved).name, rule_of(self._structure[i]).name
+            if was != now:
+                raise ValueError(f"group {i} was saved for {was}, but this optimizer gives it to {now}")
             for key in set(group) - {"params"}:
                 del group[key]
             group.update({**saved, **self._structure[i]})
-            for name, rows in kept["spectra"].items():
-                self._spectra[name] = torch.as_tensor(rows, device="cpu").to("cpu", torch.float64, copy=True)
+            for key, by_name in {"spectrum": kept["spectra"], **kept.get("of_matrices", {})}.items():
+                own = self._of_matrices.setdefault(key, {})
+                for name, value in by_name.items():
+                    own[name] = torch.as_tensor(value, device="cpu").to("cpu", torch.float64 if key == "spectrum" else None, copy=True)
         for store in self.stores:
             state = self.state[store.tensor]
             if self._every_group[store.group]["algorithm"] == "muon" and "exp_avg" in state:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from muon_dist.rules import MATRIX_RULES, RULES
 from muon_dist.sharding.owners import PLACEMENTS
 from muon_dist.spectrum.policy import ACCURACIES, ACCURACY, FEWEST
 
@@ -39,6 +40,20 @@ class _Given(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         setattr(namespace, self.dest, values)
         setattr(namespace, GIVEN, [*getattr(namespace, GIVEN, ()), self.dest])
+
+
+class _Pairs(argparse.Action):
+    """NAME=NUMBER … as a dictionary."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            setattr(namespace, self.dest, {name: float(number) for name, number in (pair.split("=") for pair in values)})
+        except ValueError:
+            parser.error(f"{option_string} takes NAME=NUMBER, as in beta2=0.95, got {' '.join(values)}")
+
+
+def _own_of_rules() -> dict[str, Any]:
+    return {key: value for name in MATRIX_RULES for key, value in RULES[name].hyperparameters.items()}
 
 
 def add_muon_dist_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -86,6 +101,14 @@ def add_muon_dist_args(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     add("--muon-burn-in", type=int, help="Steps before the first measurement; until then scaling laws predict (0).")
     add("--muon-noise-floor", type=float, help="Singular values below this share of the Frobenius norm don't count (1e-4).")
     add("--muon-deflation", type=int, help="Dominant directions that are flattened first (0; for adaptive steps chosen with them).")
+    add("--muon-rule", choices=MATRIX_RULES, default="muon", help="What matrices are updated by (muon).")
+    add(
+        "--muon-rule-options",
+        nargs="+",
+        action=_Pairs,
+        metavar="NAME=NUMBER",
+        help=f"The rule's own hyperparameters: {', '.join(f'{key}={value}' for key, value in _own_of_rules().items())}.",
+    )
     add("--muon-wire-dtype", choices=["bf16", "fp32"], help="What travels between ranks: bf16 on GPUs, fp32 on CPUs.")
     add("--muon-bucket-mb", type=float, default=64, help="MiB that an owner gathers at a time (64).")
     add("--muon-placement", choices=PLACEMENTS, default="owner", help="Who works on a matrix: an owner, all ranks on slices, or by cost.")

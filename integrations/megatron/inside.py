@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,10 +17,11 @@ from muon_dist.groups import read_groups
 from muon_dist.polar.polynomials import Schedule
 from muon_dist.polar.products import product_settings
 from muon_dist.rendezvous import gather_objects
+from muon_dist.rules import Rule, rule_of
 from muon_dist.sharding.plan import Plan
 from muon_dist.telemetry import Telemetry
 
-from ..host_views import HostView, HostViews, new_state
+from ..host_views import HostView, HostViews, OfMatrices, new_state
 from ..settings import DEFAULTS, naming
 from .parameters import Described
 from .settings import FLAGS, MuonDistSettings, plan_options
@@ -51,9 +53,9 @@ class WrappedMuonDist(torch.optim.Optimizer):
         self._wrapper, self.described, self._given, self._config = wrapper, described, dict(given), config
         self.pieces = pieces(wrapper)
         for piece in self.pieces:
-            self.state[piece.tensor] = new_state(piece.tensor, described[piece.parameter].route.algorithm)
+            self.state[piece.tensor] = new_state(piece.tensor, self._rule_of(described[piece.parameter]))
         self._elsewhere: dict[Tensor, dict[str, Tensor]] = {}  # state of empty tensors, for parameters of which nothing lies here
-        self._spectra: dict[str, Tensor] = {}
+        self._of_matrices: OfMatrices = {}
         self._groups: list[dict[str, Any]] = []  # MuonDist's own: one for each of Megatron's, algorithm and split
         self._numbers: dict[tuple[int, str, tuple[int, ...] | None], int] = {}  # of which they are
         self._part: HostViews | None = None
@@ -62,7 +64,7 @@ class WrappedMuonDist(torch.optim.Optimizer):
         self.telemetry: Telemetry | None = None
         self.all_names: Sequence[str] = ()
         self.model_numel = 0
-        self.others_spectra: dict[str, Tensor] = {}  # of parameters that other ranks have, for a checkpoint that is being written
+        self.of_others: OfMatrices = {}  # of parameters that other ranks have, for a checkpoint that is being written
         self.others_step = 0  # taken by other ranks, where this one has nothing; for such a checkpoint, too
         self._loaded_step = 0.0
 
@@ -91,7 +93,7 @@ class WrappedMuonDist(torch.optim.Optimizer):
             views,
             self._groups,
             self._state_of,
-            self._spectra,
+            self._of_matrices,
             options=plan_options(self._config),
             host_decides=True,
             telemetry=self.telemetry,
@@ -100,6 +102,10 @@ class WrappedMuonDist(torch.optim.Optimizer):
         )
         self._bound = True
         return self._part
+
+    def _rule_of(self, described: Described) -> Rule:
+        algorithm = described.route.algorithm
+        return rule_of({"algorithm": algorithm, **({"rule": self._given["rule"]} if algorithm == "muon" else {})})
 
     def _empty_pieces(self) -> list[tuple[Piece, Described]]:
         """Pieces of the parameters of which nothing lies here; the ranks that hold some know their groups. Collective."""
@@ -113,7 +119,7 @@ class WrappedMuonDist(torch.optim.Optimizer):
             described = self.described[p]
             empty = torch.empty(0, dtype=torch.float32, device=p.device)
             self._elsewhere[empty] = {
-                **new_state(empty, described.route.algorithm),
+                **new_state(empty, self._rule_of(described)),
                 "step": torch.full((), self._loaded_step, device=p.device),
             }
             result.append((whole_piece(p, empty, known[described.name], numel=0), described))
@@ -202,12 +208,12 @@ class WrappedMuonDist(torch.optim.Optimizer):
         """0 where this rank has no parameters of the wrapper's."""
         return max((int(entry["step"].item()) for entry in self.state.values()), default=0)
 
-    def spectra(self) -> dict[str, Tensor]:
-        """The measured spectra of this rank's parameters, by name, those under way included."""
+    def of_matrices(self) -> OfMatrices:
+        """What is kept of this rank's matrices, by key ("spectrum", and what the rule declares) and name, with what is under way."""
         if self._part is not None:
             self._part.engine.collect()
         own = {described.name for described in self.described.values()}
-        return {name: rows for name, rows in self._spectra.items() if name in own}
+        return {key: {name: value for name, value in known.items() if name in own} for key, known in self._of_matrices.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """State by tensor, in the tensors' shapes, and groups that carry the step count and the spectra. Never communicates."""
@@ -215,8 +221,10 @@ class WrappedMuonDist(torch.optim.Optimizer):
         # every rank compares and loads the count, which has no place on a device of one of them
         state = {key: {**entry, "step": entry["step"].cpu()} for key, entry in packed["state"].items()}
         step = max(self.steps_taken, self.others_step)
-        spectra = {**self.others_spectra, **self.spectra()}
-        kept = json.dumps({"muon": sorted(self.all_names), "spectra": {name: _numbers(rows) for name, rows in spectra.items()}})
+        known = merged([self.of_others, self.of_matrices()])
+        spectra = {name: _numbers(rows) for name, rows in known.pop("spectrum", {}).items()}
+        more = {key: {name: _packed(value) for name, value in by_name.items()} for key, by_name in known.items()}
+        kept = json.dumps({"muon": sorted(self.all_names), "rule": self._given["rule"], "spectra": spectra, "of_matrices": more})
         return {"state": state, "param_groups": [{**group, "step": step, SAVED: kept} for group in packed["param_groups"]]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -230,6 +238,11 @@ class WrappedMuonDist(torch.optim.Optimizer):
             if SAVED not in group:
                 raise ValueError(FOREIGN)
             kept = json.loads(group[SAVED])
+        if kept and kept.get("rule", "muon") != self._given["rule"]:
+            raise ValueError(
+                f"this checkpoint was saved with --muon-rule {kept.get('rule', 'muon')}, and this run has {self._given['rule']}, which "
+                "keeps other state. Give the flag as it was saved, or start from the weights alone: --no-load-optim"
+            )
         for described in (self.described[piece.parameter] for piece in self.pieces):
             saved = "muon" if described.name in kept["muon"] else "adamw"
             if saved != described.route.algorithm:
@@ -243,7 +256,9 @@ class WrappedMuonDist(torch.optim.Optimizer):
         for group in self.param_groups:
             step = max(step, float(group.pop("step", 0.0)))
             group.pop(SAVED)
-        self._spectra.update({name: _rows(rows) for name, rows in kept.get("spectra", {}).items()})
+        self._of_matrices.setdefault("spectrum", {}).update({name: _rows(rows) for name, rows in kept.get("spectra", {}).items()})
+        for key, by_name in kept.get("of_matrices", {}).items():
+            self._of_matrices.setdefault(key, {}).update({name: _unpacked(value) for name, value in by_name.items()})
         self._loaded_step = step
         for state in (*self.state.values(), *self._elsewhere.values()):  # Megatron has one count for all
             device = next(iter(state.values())).device
@@ -253,6 +268,24 @@ class WrappedMuonDist(torch.optim.Optimizer):
 def _numbers(rows: Tensor) -> list[list[float | None]]:
     """Rows of a spectrum as plain numbers, None where nothing was measured: Megatron compares what ranks save, and NaN is not equal."""
     return [[None if math.isnan(value) else value for value in row] for row in rows.tolist()]
+
+
+def _packed(values: Tensor) -> str:
+    """fp32 numbers as text."""
+    return base64.b64encode(values.detach().to("cpu", torch.float32).numpy().tobytes()).decode()
+
+
+def _unpacked(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.float32)
+
+
+def merged(several: Sequence[OfMatrices]) -> OfMatrices:
+    """What is known of all matrices together."""
+    result: OfMatrices = {}
+    for each in several:
+        for key, by_name in each.items():
+            result.setdefault(key, {}).update(by_name)
+    return result
 
 
 def _rows(numbers: list[list[float | None]]) -> Tensor:

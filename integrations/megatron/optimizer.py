@@ -28,7 +28,7 @@ from muon_dist.telemetry import Telemetry
 from muon_dist.version import __version__ as version
 
 from ..host_views import not_finite
-from .inside import FOREIGN, SAVED, WrappedMuonDist
+from .inside import FOREIGN, SAVED, WrappedMuonDist, merged
 from .parameters import Groups, current_device, describe, groups_of, whole_model
 from .settings import MuonDistSettings, arguments, completed, refuse_unsupported
 from .wrappers import FlatBuffers
@@ -164,17 +164,17 @@ class MuonDistOptimizer(ChainedOptimizer):
             return super().sharded_state_dict(model_sharded_state_dict, is_loading, **options)
         steps = torch.tensor([inside.steps_taken for inside in self.inside], dtype=torch.int64, device=current_device())
         dist.all_reduce(steps, dist.ReduceOp.MAX)
-        known = [inside.spectra() for inside in self.inside]
+        known = [inside.of_matrices() for inside in self.inside]
         for group in (self._groups.pp, self._groups.ep):
             told = gather_objects(known, group, "save a checkpoint")
-            known = [{name: rows for spectra in each for name, rows in spectra.items()} for each in zip(*told, strict=True)]
+            known = [merged(each) for each in zip(*told, strict=True)]
         try:
-            for inside, spectra, step in zip(self.inside, known, steps.tolist(), strict=True):
-                inside.others_spectra, inside.others_step = spectra, step
+            for inside, each, step in zip(self.inside, known, steps.tolist(), strict=True):
+                inside.of_others, inside.others_step = each, step
             return super().sharded_state_dict(model_sharded_state_dict, is_loading, **options)
         finally:
             for inside in self.inside:
-                inside.others_spectra, inside.others_step = {}, 0
+                inside.of_others, inside.others_step = {}, 0
 
 
 def get_muon_dist_optimizer(

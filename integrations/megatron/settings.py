@@ -46,6 +46,8 @@ class MuonDistSettings(OptimizerConfig):
     muon_burn_in: int | None = None
     muon_noise_floor: float | None = None
     muon_deflation: int | None = None
+    muon_rule: str = "muon"
+    muon_rule_options: dict[str, Any] | None = None
     muon_wire_dtype: str | None = None
     muon_bucket_mb: float = 64
     muon_placement: str = "owner"  # or "gram", "auto"
@@ -105,7 +107,7 @@ COEFFICIENTS: dict[str, tuple[tuple[Coefficients, ...], str]] = {
 FLAGS = {
     **{
         key: f"--muon-{key.replace('_', '-')}"
-        for key in (*sorted(POLICY_KEYS), *PLAN_KEYS, "momentum", "nesterov", "deflation", "wire_dtype")
+        for key in (*sorted(POLICY_KEYS), *PLAN_KEYS, "momentum", "nesterov", "deflation", "wire_dtype", "rule", "rule_options")
     },
     "ns_steps": "--muon-num-ns-steps",
     "extra_scale_factor": "--muon-extra-scale-factor",
@@ -187,6 +189,8 @@ def arguments(config: Any) -> dict[str, Any]:
         "burn_in": config.muon_burn_in,
         "noise_floor": config.muon_noise_floor,
         "deflation": config.muon_deflation,
+        "rule": config.muon_rule,
+        "rule_options": config.muon_rule_options,
     }
 
 

@@ -141,7 +141,7 @@ def make_gpt(options: Options) -> GPT:
 def muon_settings(options: Options) -> dict[str, Any]:
     """What MuonDist is asked for, beside learning rates and decay."""
     if not options.adaptive:
-        return {"ns_steps": options.ns_steps, "deflation": options.deflation}
+        return {"ns_steps": options.ns_steps, "deflation": options.deflation, "rule": options.rule}
     return {
         "ns_steps": "adaptive",
         "accuracy": options.accuracy,
@@ -149,6 +149,7 @@ def muon_settings(options: Options) -> dict[str, Any]:
         "burn_in": options.burn_in,
         "measure_every": options.measure_every,
         "deflation": options.deflation,
+        "rule": options.rule,
         "telemetry_dir": options.out,
         "telemetry_sinks": options.sinks,
     }

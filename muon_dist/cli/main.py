@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from ..groups import PLAN_KEYS, PlanOptions
 from ..polar.polynomials import NAMES as POLYNOMIALS
 from ..polar.scaling import NAMES
+from ..rules import MATRIX_RULES
 from ..run.bootstrap import LAUNCHERS
 from ..sharding.owners import PLACEMENTS
 from ..spectrum.policy import ACCURACIES, ACCURACY, Policy
@@ -42,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--tokens", type=int, default=2**20, help="tokens per step, for the model's FLOPs (default 1,048,576)")
     plan.add_argument("--json", metavar="FILE", help="also write every matrix's owner and every rank's load")
 
+    plan.add_argument("--rule", choices=MATRIX_RULES, default="muon", help="what matrices are updated by, for its state (default muon)")
     plan.add_argument("--laws", action="store_true", help="steps per layer as the scaling laws predict them, instead of --ns-steps for all")
     plan.add_argument("--accuracy", choices=ACCURACIES, help=f"for --laws: no further from UVᵀ than so many Jordan steps ({ACCURACY})")
     plan.add_argument("--coverage", type=float, help="for --laws, instead: share of directions to bring near 1")
@@ -218,6 +220,7 @@ def _run(arguments: argparse.Namespace) -> int:
             tokens=arguments.tokens,
             laws=arguments.laws,
             policy=Policy(accuracy=arguments.accuracy, coverage=arguments.coverage),
+            rule=arguments.rule,
             json_path=arguments.json,
         )
     if arguments.command == "spectrum":

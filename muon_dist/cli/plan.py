@@ -25,13 +25,14 @@ def run(
     tokens: int,
     laws: bool,
     policy: Policy,
+    rule: str,
     json_path: str | None,
 ) -> int:
     if tokens < 1:
         raise ValueError(f"--tokens must be at least 1, got {tokens}")
     parameters = model_parameters(config)
     schedules, predicted = predict(parameters, policy) if laws else (None, [])
-    plan, state, adamw = plan_model(parameters, dp=dp, tp=tp, zero=zero, ns_steps=ns_steps, options=options, schedules=schedules)
+    plan, state, adamw = plan_model(parameters, dp=dp, tp=tp, zero=zero, ns_steps=ns_steps, options=options, schedules=schedules, rule=rule)
     loads = plan.loads()
     total = sum(load.flops for load in loads)
     numel = sum(math.prod(p.shape) for p in parameters)

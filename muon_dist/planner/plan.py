@@ -13,10 +13,12 @@ import torch
 
 from ..binding import matrix_tasks
 from ..groups import PlanOptions
+from ..matrix_state import values_of
 from ..polar.cost import flops_of
 from ..polar.matrix_view import matrices_of
 from ..polar.polynomials import Schedule, schedule_for
 from ..polar.products import SymmetricProducts, products_on
+from ..rules import RULES
 from ..sharding.layout import Fragment, Placement, ShardLayout, fragment_numel
 from ..sharding.plan import Plan, make_plan
 from ..sharding.tasks import SLICED, MatrixTask
@@ -24,7 +26,7 @@ from ..spectrum.policy import FIVE, Policy, Work
 from ..spectrum.scaling_law import layer_kind, relative_depths, shipped_laws
 from .models import ModelParameter
 
-STATE_BYTES = 4  # fp32, per element of momentum or of one of AdamW's two moments
+STATE_BYTES = 4  # fp32, for every number that a rule keeps
 
 
 def placements(parameters: list[ModelParameter], dp: int, tp: int, zero: int) -> list[Placement]:
@@ -114,6 +116,7 @@ def plan_model(
     options: PlanOptions,
     schedules: Mapping[str, Sequence[Schedule]] | None = None,
     device_type: str = "cuda",
+    rule: str = "muon",
 ) -> tuple[Plan, list[int], list[int]]:
     """The plan of a job (`plan_of`), with every rank's bytes of optimizer state for MuonDist and for AdamW alone."""
     if min(dp, tp) < 1 or zero not in (0, 1, 2, 3):
@@ -130,14 +133,18 @@ def plan_model(
         held = numels.setdefault(id(place.fragments), np.empty(0, np.int64))
         if not held.size:
             held = numels[id(place.fragments)] = np.array([fragment_numel(f) for f in place.fragments], np.int64)
-        adamw += 2 * STATE_BYTES * held
+        adamw += len(RULES["adamw"].values) * STATE_BYTES * held
         if p.route.view is None:
-            ours += 2 * STATE_BYTES * held
-        elif place.replicated:
+            ours += len(RULES["adamw"].values) * STATE_BYTES * held
+            continue
+        kept = len(RULES[rule].values) * STATE_BYTES * held
+        if place.replicated:
             owner = first_owner[positions[p.name]]
-            ours[owner] += STATE_BYTES * held[owner]
+            ours[owner] += kept[owner]
         else:
-            ours += STATE_BYTES * held
+            ours += kept
+        shapes = [(m.rows, m.cols) for m in matrices_of(p.shape, p.route.view, p.name)]
+        ours += STATE_BYTES * sum(values_of(RULES[rule], shapes).values())
     return plan, ours.tolist(), adamw.tolist()
 
 

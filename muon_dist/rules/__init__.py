@@ -1,9 +1,27 @@
-"""Update rules: what becomes of a gradient. `RULES` has them by the "algorithm" of a parameter group."""
+"""Update rules: what becomes of a gradient. `RULES` has them by name."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from .adamw import AdamW
 from .muon import Muon
+from .normuon import NorMuon
 from .rule import ElementwiseRule, MatrixRule, Rule
 
-RULES: dict[str, Rule] = {rule.name: rule for rule in (Muon(), AdamW())}
+RULES: dict[str, Rule] = {rule.name: rule for rule in (Muon(), NorMuon(), AdamW())}
+MATRIX_RULES = tuple(name for name, rule in RULES.items() if isinstance(rule, MatrixRule))
 
-__all__ = ["RULES", "ElementwiseRule", "MatrixRule", "Rule"]
+
+def rule_of(group: Mapping[str, Any]) -> Rule:
+    """The rule of a parameter group: its "rule" where it has one, else that of its algorithm's name.
+
+    Raises:
+        ValueError: no rule for matrices.
+    """
+    name = group.get("rule", group["algorithm"])
+    if "rule" in group and name not in MATRIX_RULES:
+        raise ValueError(f"rule={name!r}: choose one of {', '.join(MATRIX_RULES)}")
+    return RULES[name]
+
+
+__all__ = ["MATRIX_RULES", "RULES", "ElementwiseRule", "MatrixRule", "Rule", "rule_of"]

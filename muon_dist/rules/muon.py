@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ..polar.scaling import update_scale
-from .rule import Fragments, Hyperparameters, MatrixRule, decay, gradient_or_zero
+from .rule import Fragments, Hyperparameters, MatrixBatch, MatrixRule, decay, gradient_or_zero
 
 
 class Muon(MatrixRule):
@@ -30,8 +28,8 @@ class Muon(MatrixRule):
         torch._foreach_lerp_(fresh, buffers, group["momentum"])
         return fresh
 
-    def compute(self, batch: Tensor, orthogonalize: Callable[[Tensor], Tensor], group: Hyperparameters) -> Tensor:
-        return orthogonalize(batch)
+    def compute(self, batch: MatrixBatch, group: Hyperparameters) -> Tensor:
+        return batch.orthogonalize(batch.values)
 
     def finalize(self, weights: list[Tensor], updates: list[Tensor], rows: int, cols: int, group: Hyperparameters, happens: Tensor) -> None:
         lr = float(group["lr"])

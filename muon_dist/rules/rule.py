@@ -9,10 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from ..polar.newton_schulz import Slices
 
 Hyperparameters = Mapping[str, Any]  # of a parameter group, as they are at this step
 
@@ -32,18 +35,85 @@ class Fragments:
     state: Mapping[str, list[Tensor]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class MatrixValue:
+    """State that belongs to a whole matrix, and not to the fragments of one: its owner computes it, and every rank is told it.
+
+    It begins with zeros, in fp32, or fp64 where parameters are. It should be small: a number per row, not per element.
+
+    Attributes:
+        name: in the parameter's state, where the values of its matrices stand one after the other, in one dimension.
+        shape: of one matrix's value, from its outputs and inputs.
+    """
+
+    name: str
+    shape: Callable[[int, int], tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixBatch:
+    """Matrices of one shape at their owner, or this rank's slices of them.
+
+    Attributes:
+        values: (B, m, n) as stored: what was prepared. May be overwritten.
+        happens: (B,) bool; where it is false, the update must be zero and the state stay.
+        transpose: the weights are stored (inputs, outputs).
+        outputs, inputs: of the whole matrices.
+        state: by the names of `MatrixValue`s, a tensor for each matrix, to be changed in place.
+        orthogonalize: the approximate polar factors of (B, m, n), with the schedules that are in force: zeros for matrices whose step
+            doesn't happen, and for those that can't be orthogonalised.
+        slices: the part of whole matrices that `values` is; None: all of it.
+    """
+
+    values: Tensor
+    happens: Tensor
+    transpose: bool
+    outputs: int
+    inputs: int
+    state: Mapping[str, list[Tensor]]
+    orthogonalize: Callable[[Tensor], Tensor]
+    slices: Slices | None
+
+    def sum_over_inputs(self, values: Tensor) -> Tensor:
+        """(B, m, n) -> (B, outputs): sums over the inputs of whole matrices, in fp32 at least. Collective for slices."""
+        sums = values.sum(-2 if self.transpose else -1, dtype=torch.promote_types(values.dtype, torch.float32))
+        if self.slices is None:
+            return sums
+        whole = sums.new_zeros(len(sums), self.outputs)
+        whole[:, self._stored_outputs] += sums
+        self.slices.add_up(whole)
+        return whole
+
+    def over_outputs(self, numbers: Tensor) -> Tensor:
+        """(B, outputs) -> the shape in which they broadcast to `values`."""
+        return numbers[:, self._stored_outputs].unsqueeze(-2 if self.transpose else -1)
+
+    @property
+    def _stored_outputs(self) -> slice:
+        cut = self.slices is not None and self.slices.dim == (1 if self.transpose else 0)
+        return slice(self.slices.start, self.slices.stop) if cut and self.slices is not None else slice(None)
+
+
 class Rule(ABC):
     """An update rule. Everything that allocates, moves, saves or compares state asks these declarations.
 
     Attributes:
-        name: the "algorithm" of its groups.
+        name: in `RULES`.
         values: names of the state that is laid out as its parameter, fragment by fragment, and begins with zeros.
         counts_steps: whether there is a 0-d fp32 "step" beside it.
+        of_matrices: state that belongs to whole matrices.
+        hyperparameters: its own, beside those that all such rules have, with their defaults.
     """
 
     name: str
     values: tuple[str, ...]
     counts_steps = False
+    of_matrices: tuple[MatrixValue, ...] = ()
+    hyperparameters: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+
+    def check(self, group: Hyperparameters) -> None:
+        """Raise a ValueError for one of its own hyperparameters that is outside its range."""
+        return None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -63,14 +133,8 @@ class MatrixRule(Rule):
         """
 
     @abstractmethod
-    def compute(self, batch: Tensor, orthogonalize: Callable[[Tensor], Tensor], group: Hyperparameters) -> Tensor:
-        """The updates of a batch of matrices, (B, m, n) each, at their owner.
-
-        Args:
-            batch: what was prepared; may be overwritten.
-            orthogonalize: the approximate polar factors of (B, m, n), with the schedules that are in force; zeros for matrices
-                whose step doesn't happen.
-        """
+    def compute(self, batch: MatrixBatch, group: Hyperparameters) -> Tensor:
+        """The updates of a batch, (B, m, n), at the owner of its matrices, or on every rank for slices."""
 
     @abstractmethod
     def finalize(self, weights: list[Tensor], updates: list[Tensor], rows: int, cols: int, group: Hyperparameters, happens: Tensor) -> None:
