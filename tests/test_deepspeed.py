@@ -17,7 +17,7 @@ from . import deepspeed_hosts as hosts
 from .ranks import run_ranks
 from .recording import Collectives, Recorder
 
-FP32 = 2e-5  # DESIGN: fp32 Newton–Schulz against the reference fed the same reduced gradients
+FP32 = 2e-5  # fp32 Newton–Schulz against the reference fed the same reduced gradients
 
 
 def worst(n: int, function: Any, *args: Any) -> float:
