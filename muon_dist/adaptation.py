@@ -24,6 +24,7 @@ from .polar.newton_schulz import moment_count
 from .polar.polynomials import Schedule
 from .polar.products import SymmetricProducts
 from .rendezvous import wait_in_time
+from .shared import Shared
 from .spectrum import record as columns
 from .spectrum.moments import spectrum_from_moments
 from .spectrum.policy import Policy, Work
@@ -264,29 +265,9 @@ class Adaptation:
         return since > 0 and since % (REBALANCE_PERIODS * int(self._every.min())) == 0
 
 
-class _Sharing:
-    """Numbers on their way to all ranks and to the host, summed up: each rank has zeros where another has something to say."""
+class _Sharing(Shared):
+    """Numbers of some rows on their way, and the steps at which these were."""
 
-    def __init__(self, numbers: Tensor, rows: np.ndarray, at: np.ndarray, shared: Ranks) -> None:
+    def __init__(self, numbers: Tensor, rows: np.ndarray, at: np.ndarray, ranks: Ranks) -> None:
+        super().__init__(numbers, ranks)
         self.rows, self.at = rows, at
-        self._work, self._event = None, None
-        if shared.process_group is not None:
-            numbers = numbers.to(shared.device, non_blocking=True)
-            self._work = dist.all_reduce(numbers, group=shared.process_group, async_op=True)
-        self._numbers = numbers
-        if numbers.device.type != "cpu":
-            if self._work is not None:
-                self._work.wait()  # on the device's stream; the host goes on
-            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
-            self._numbers.copy_(numbers, non_blocking=True)
-            self._event = torch.Event(numbers.device)
-            self._event.record()
-
-    def wait(self) -> np.ndarray:
-        if self._event is not None:
-            self._event.synchronize()
-        elif self._work is not None:
-            self._work.wait()
-        values: np.ndarray = self._numbers.numpy()
-        values[np.isnan(values)] = math.nan  # with one sign and payload, so that all ranks have the same bits
-        return values

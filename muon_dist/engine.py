@@ -27,6 +27,7 @@ from .polar.products import fp32_precision
 from .program import Program
 from .rendezvous import meet, told, wait_in_time
 from .sharding.plan import Plan
+from .spectrum.record import TAKEN
 from .step import take_step
 from .telemetry import Telemetry
 
@@ -57,7 +58,7 @@ class Engine:
         options: of the plan.
         nonfinite: "skip" or "raise".
         host_decides: whether steps happen is told by the host, on all ranks alike. Ranks that hold nothing then don't come.
-        telemetry: where measured spectra are reported.
+        telemetry: where measured spectra are reported, and what steps do to matrices.
         all_names: of the model's parameters, where members are only some of them; they tell how deep the model is.
         model_numel: its elements, for scaling laws. 0: those of the members.
     """
@@ -86,7 +87,8 @@ class Engine:
         self._skipped: Tensor | None = None
         self._left_out: Tensor | None = None
         self._resets = 0  # of gradients since binding, for a message
-        self._steps = 0
+        self._steps = 0  # of this engine
+        self._taken = 0  # of the run, as its state tells
         self._apart = Lagged()
 
     # ------------------------------------------------------------------------------------------------------------ asked
@@ -163,7 +165,8 @@ class Engine:
         bound = bind_domains(
             members, groups, process_group=self._process_group, options=self._options, made=self._made, all_names=self._all_names
         )
-        programs = [Program(domain, adaptation, everywhere=replicate_momentum) for domain, adaptation in bound]
+        reports = self._telemetry is not None
+        programs = [Program(domain, adaptation, everywhere=replicate_momentum, reports=reports) for domain, adaptation in bound]
         self._members, self._programs = members, programs
         self._flag_group = self._agree_on_flag_group()
         for program in programs:
@@ -173,9 +176,19 @@ class Engine:
             for b in program.domain.parameters:
                 allocation.allocate(program, b)
         self._has_copies = True
+        self._taken = max(self._taken, self._steps_before())
         self._resets = 0
         asked, *where = self._depends_on(groups)
         self._bound_for = (copy.deepcopy(asked), *where)  # a list may be changed in place
+
+    def _steps_before(self) -> int:
+        """Steps that the state has seen, for reports: what one parameter tells is enough."""
+        for program in self._programs:
+            if program.adaptation.active:
+                return int(program.adaptation.rows[0, TAKEN])
+            if (counting := next((b for b in program.domain.parameters if b.rule.counts_steps), None)) is not None:
+                return int(counting.state["step"])
+        return 0
 
     def unbind(self) -> None:
         """Bind anew at the next step, as after state was loaded, which ranks must compare again."""
@@ -231,11 +244,15 @@ class Engine:
         for program in self._programs:
             program.matrix_state.receive()
         self._adapt()
+        self._taken += 1
+        self._report(self._taken)
         agreed = self._agree(grads, verdict)
         take_step(self._programs, grads, agreed.mask, groups)
         for program in self._programs:
             program.adaptation.end_step()
             program.matrix_state.share()
+            if program.metrics is not None:
+                program.metrics.end_step(self._taken, self._skipped, self._left_out)
 
     def _follow(self, *, compile: bool) -> None:
         """Go on from what a user or host did to weights and state: what is gone begins anew, what was replaced is taken up."""
@@ -274,6 +291,14 @@ class Engine:
             if decided and self._telemetry is not None:
                 numel = sum(math.prod(b.placement.shape) for domain in self.domains for b in domain.parameters)
                 self._telemetry.write(program.domain, adaptation, decided, self._model_numel or numel)
+
+    def _report(self, step: int | None) -> None:
+        """Write reports that have arrived, and begin that of this step; None: write all that are under way."""
+        for program in self._programs:
+            if program.metrics is not None and self._telemetry is not None:
+                self._telemetry.report(program.domain, list(program.metrics.arrived(step)))
+                if step is not None:
+                    program.metrics.begin_step(step)
 
     @record_function("muon_dist::agree")
     def _agree(self, grads: Sequence[Tensor | None], verdict: Tensor | None) -> Agreement:
@@ -324,6 +349,7 @@ class Engine:
     def collect(self) -> None:
         """Write what is under way into the state: measurements, and values of matrices. Starts no communication."""
         self._follow(compile=False)
+        self._report(None)
         for program in self._programs:
             program.adaptation.collect()
             program.matrix_state.receive()

@@ -79,7 +79,8 @@ class MuonDist(torch.optim.Optimizer):
             computed by a Triton kernel that takes one triangle only; not in fp64. None: never, since nothing tells beforehand where a GPU
             gains by it; `muon-dist bench ns --symmetric-kernels` measures that.
         eps: smallest Frobenius norm that a matrix is divided by; guards only against zero.
-        telemetry_dir: where what is measured goes, as lines of JSON (`muon-dist spectrum DIR` shows them); needs adaptive steps.
+        telemetry_dir: where reports go, as lines of JSON (`muon-dist spectrum DIR` shows them): measured spectra, and every `measure_every`
+            (else 100) steps the size of every matrix's update and of its weights, and how many steps were left out.
         telemetry_sinks: besides, "tensorboard" and "wandb".
         replicate_momentum: whether every rank keeps the momentum of plain replicas, so that `state_dict()` is complete on each without
             `consolidate()`; costs as much memory on every rank as the matrices have. None: under Hugging Face accelerate, which
@@ -183,8 +184,6 @@ class MuonDist(torch.optim.Optimizer):
         super().__init__(read_groups(items, defaults, self._layouts), defaults)
         self._reading = True
         _warn_of_halves(items, len(self.param_groups))
-        if self._telemetry is not None and all(group.get("ns_steps") != "adaptive" for group in self.param_groups):
-            raise ValueError("telemetry reports what adaptive step counts measure, but no group has ns_steps='adaptive'")
 
     def _start_unbound(self, process_group: dist.ProcessGroup | None, layouts: dict[str, ShardLayout]) -> None:
         self._process_group, self._layouts = process_group, layouts

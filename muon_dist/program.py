@@ -20,6 +20,7 @@ from .agreement import Consensus
 from .bound import BoundParameter, stored_as_box
 from .domain import Domain
 from .matrix_state import MatrixState
+from .metrics import REPORT_EVERY, Metrics
 from .polar.matrix_view import Matrix
 from .polar.newton_schulz import Slices
 from .rules import ElementwiseRule, MatrixRule
@@ -54,6 +55,8 @@ class PieceRun:
         members: the parameters', in the engine.
         places: of their updates among those that arrive together.
         targets: views of the weights.
+        counted: places of those that this rank counts in reports, here in `targets`.
+        matrices: (counted,) int64 on the domain's device: the matrices they are of.
     """
 
     rule: MatrixRule
@@ -63,6 +66,8 @@ class PieceRun:
     members: list[int] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
     targets: list[Tensor] = field(default_factory=list)
+    counted: list[int] = field(default_factory=list)
+    matrices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64, device="cpu"))
 
 
 @dataclass(eq=False, kw_only=True)
@@ -116,12 +121,15 @@ class Program:
         domain: as bound.
         adaptation: what is known of its matrices.
         everywhere: every rank keeps the momentum of plain replicas, not their owners alone.
+        reports: what steps do to matrices is reported.
     """
 
-    def __init__(self, domain: Domain, adaptation: Adaptation, *, everywhere: bool) -> None:
+    def __init__(self, domain: Domain, adaptation: Adaptation, *, everywhere: bool, reports: bool = False) -> None:
         self.domain, self.adaptation, self.everywhere = domain, adaptation, everywhere
         self.consensus = Consensus(domain)
         self.matrix_state = MatrixState(domain)
+        periods = [b.policy.measure_every for b in domain.parameters if b.policy is not None]
+        self.metrics = Metrics(domain, min(periods, default=REPORT_EVERY)) if reports and domain.matrices else None
         self.exchange = Exchange(group=domain.process_group, device=domain.device)
         self.buckets: list[Bucket] = []
         self.elementwise: list[FragmentRun] = []
@@ -239,6 +247,7 @@ class Program:
 
     def _pieces(self, legs: Sequence[Leg], local: Sequence[Tensor]) -> list[PieceRun]:
         runs: dict[Hashable, PieceRun] = {}
+        counted: dict[Hashable, list[int]] = {}
         for place, leg in enumerate(legs):
             b, matrix = self.domain.parameters[leg.parameter], self.domain.matrices[leg.matrix]
             assert leg.view is not None and isinstance(b.rule, MatrixRule)  # updates are for holders
@@ -248,7 +257,12 @@ class Program:
                 runs[key] = PieceRun(rule=b.rule, group=b.member.group, rows=matrix.rows, cols=matrix.cols)
             runs[key].members.append(b.index)
             runs[key].places.append(place)
+            if leg.counts:
+                counted.setdefault(key, []).append(leg.matrix)
+                runs[key].counted.append(len(runs[key].targets))
             runs[key].targets.append(leg.view.of(weight))
+        for made, run in runs.items() if self.metrics is not None else ():
+            run.matrices = torch.tensor(counted.get(made, []), dtype=torch.int64, device=self.domain.device)
         return list(runs.values())
 
     # ------------------------------------------------------------------------------------------------------ what changed

@@ -104,6 +104,9 @@ class _Job:
             for happens, places in self._mask.split(run.members):
                 targets = _some(run.targets, places)
                 run.rule.finalize(targets, _some(own, places), run.rows, run.cols, self._groups[run.group], happens)
+            if self.program.metrics is not None and self.program.metrics.active and run.counted:
+                counted, rate = run.counted, run.rule.rate(run.rows, run.cols, self._groups[run.group])
+                self.program.metrics.add(run.matrices, [run.targets[k] for k in counted], [own[k] for k in counted], rate)
 
 
 @record_function("muon_dist::adamw")

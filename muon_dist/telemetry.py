@@ -1,4 +1,4 @@
-"""What a run reports of its spectra: a line of JSON per measurement, and TensorBoard or Weights & Biases where asked.
+"""What a run reports of its matrices: a line of JSON per measurement or update, and TensorBoard or Weights & Biases where asked.
 
 Every rank of a domain knows what was measured, so its first rank writes and nothing is gathered. One file per domain:
 `spectrum.jsonl` for the one that has global rank 0, `spectrum.rank<N>.jsonl` for others (pipeline stages, expert groups).
@@ -22,7 +22,10 @@ from .spectrum.policy import FIVE
 from .spectrum.scaling_law import layer_kind
 from .version import __version__
 
-SENT = ("ns_steps", "deflation", "error", "error_of_five_steps", "coverage", "flops")  # to sinks, besides quantiles
+SENT = (  # to sinks, besides quantiles
+    *("ns_steps", "deflation", "error", "error_of_five_steps", "coverage", "flops"),
+    *("update_rms", "weight_rms", "update_to_weight", "skipped_steps", "skipped_updates"),
+)
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}  # sink -> the package it needs
 
 
@@ -71,11 +74,15 @@ class Telemetry:
         Args:
             params: elements of all parameters of this optimizer, for scaling laws.
         """
-        if domain.me != 0:
-            return
-        if self._failed:
-            return
-        lines = [{**line, "params": params} for line in _lines(domain, adaptation, set(decided))]
+        if domain.me == 0 and not self._failed:
+            self._write(domain, [{**line, "params": params} for line in _lines(domain, adaptation, set(decided))], params)
+
+    def report(self, domain: Domain, lines: Sequence[dict[str, Any]]) -> None:
+        """Report lines that have a "type", a "step" and for what is of one matrix a "name"; only the domain's first rank does something."""
+        if domain.me == 0 and not self._failed and lines:
+            self._write(domain, lines, sum(math.prod(b.placement.shape) for b in domain.parameters))
+
+    def _write(self, domain: Domain, lines: Sequence[dict[str, Any]], params: int) -> None:
         try:
             if self.directory is not None:
                 self._append(self.directory, domain, lines, params)
@@ -96,7 +103,8 @@ class Telemetry:
 
     def _send(self, line: dict[str, Any]) -> None:
         values = {key: v for key, v in line.items() if key.startswith("sigma") or key in SENT}
-        values = {f"muon_dist/{line['name']}/{key}": v for key, v in values.items() if v is not None}
+        of = f"muon_dist/{line['name']}/" if "name" in line else "muon_dist/"
+        values = {f"{of}{key}": v for key, v in values.items() if v is not None}
         if self.send is not None:
             self.send(line["step"], values)
         self._sinks.log(line["step"], values, "muon_dist/step")
@@ -188,16 +196,29 @@ def known_at(records: Sequence[dict[str, Any]], steps: Sequence[float]) -> list[
     return found
 
 
+def read_updates(directory: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+    """The last report of every matrix's update in a run's directory, by name; none where there is none."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in _files(directory):
+        for record in read_lines(path):
+            if record.get("type") == "update" and record["step"] >= found.get(record["name"], record)["step"]:
+                found[record["name"]] = record
+    return found
+
+
+def _files(directory: str | os.PathLike[str]) -> list[Path]:
+    root = Path(directory)
+    return [root] if root.is_file() else sorted(root.glob("spectrum*.jsonl"))
+
+
 def read_run(directory: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The measurements in a run's directory, by step and name; where a resumed run repeats one, the last counts.
 
     Raises:
         ValueError: no telemetry there, or a line that is not JSON.
     """
-    root = Path(directory)
-    files = [root] if root.is_file() else sorted(root.glob("spectrum*.jsonl"))
     found: dict[tuple[int, str], dict[str, Any]] = {}
-    for path in files:
+    for path in _files(directory):
         for record in read_lines(path):
             if record.get("type") == "matrix":
                 found[(record["step"], record["name"])] = record

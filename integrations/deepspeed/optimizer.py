@@ -100,8 +100,6 @@ class DeepSpeedMuonDist(torch.optim.Optimizer):
         if engine is not None and engine.has_moe_layers:
             groups = split_experts(groups)
         super().__init__(groups, {})
-        if self._telemetry is not None and all(group.get("ns_steps") != "adaptive" for group in self.param_groups):
-            raise ValueError("telemetry reports what adaptive step counts measure, but no group has ns_steps='adaptive'")
         self._routes = [route for group in self.param_groups for route, _ in group_routes(group)]
 
     # ------------------------------------------------------------------------------------------------------------ host
@@ -122,7 +120,7 @@ class DeepSpeedMuonDist(torch.optim.Optimizer):
         for store in self.stores:
             self.state[store.tensor] = new_state(store.tensor, rule_of(self.param_groups[store.group]))
         monitor = getattr(engine, "monitor", None)
-        if monitor is not None and monitor.enabled and any(group.get("ns_steps") == "adaptive" for group in self.param_groups):
+        if monitor is not None and monitor.enabled:
             directory, sinks = self._arguments["telemetry_dir"], self._arguments["telemetry_sinks"]
             self._telemetry = Telemetry(directory, sinks, send=_to_monitor(engine))
         self._every_group = self.param_groups  # also while a wrapper shows only one

@@ -117,6 +117,6 @@ def add_muon_dist_args(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     )
     add("--muon-params", nargs="+", default=(), metavar="PATTERN", help="Names of parameters that go to Muon whatever the rules say.")
     add("--muon-adamw-params", nargs="+", default=(), metavar="PATTERN", help="Names of parameters that go to AdamW: router, …")
-    add("--muon-telemetry-dir", metavar="DIR", help="Where measured spectra go, as lines of JSON; `muon-dist spectrum DIR` shows them.")
+    add("--muon-telemetry-dir", metavar="DIR", help="Where reports of matrices go, as lines of JSON; `muon-dist spectrum DIR` shows them.")
     add("--muon-telemetry-sinks", nargs="+", default=(), choices=["tensorboard", "wandb"], help="Where else they go.")
     return parser

@@ -222,6 +222,4 @@ def get_muon_dist_optimizer(
 def _telemetry(config: MuonDistSettings) -> Telemetry | None:
     if config.muon_telemetry_dir is None and not config.muon_telemetry_sinks:
         return None
-    if config.muon_num_ns_steps != "adaptive":
-        raise ValueError("muon_telemetry_dir reports what adaptive step counts measure, but muon_num_ns_steps is a number")
     return Telemetry(config.muon_telemetry_dir, tuple(config.muon_telemetry_sinks))

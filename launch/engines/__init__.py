@@ -140,8 +140,9 @@ def make_gpt(options: Options) -> GPT:
 
 def muon_settings(options: Options) -> dict[str, Any]:
     """What MuonDist is asked for, beside learning rates and decay."""
+    reports = {"telemetry_dir": options.out, "telemetry_sinks": options.sinks}
     if not options.adaptive:
-        return {"ns_steps": options.ns_steps, "deflation": options.deflation, "rule": options.rule}
+        return {"ns_steps": options.ns_steps, "deflation": options.deflation, "rule": options.rule, **reports}
     return {
         "ns_steps": "adaptive",
         "accuracy": options.accuracy,
@@ -150,8 +151,7 @@ def muon_settings(options: Options) -> dict[str, Any]:
         "measure_every": options.measure_every,
         "deflation": options.deflation,
         "rule": options.rule,
-        "telemetry_dir": options.out,
-        "telemetry_sinks": options.sinks,
+        **reports,
     }
 
 

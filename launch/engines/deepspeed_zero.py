@@ -61,9 +61,8 @@ class DeepSpeed(Engine):
         self.name = options.optimizer
         if self.name == "muon_dist":
             params.setdefault("split", qkv_rows(options))
-            if params.get("ns_steps", "adaptive") == "adaptive":
-                params.setdefault("telemetry_dir", options.out)
-                params.setdefault("telemetry_sinks", options.sinks)
+            params.setdefault("telemetry_dir", options.out)
+            params.setdefault("telemetry_sinks", options.sinks)
         elif device.type == "cpu":
             params.setdefault("torch_adam", True)  # DeepSpeed's own would be compiled
         self._universal = checkpoint is not None and checkpoint.about["world_size"] != dist.get_world_size()

@@ -31,8 +31,9 @@ class Muon(MatrixRule):
     def compute(self, batch: MatrixBatch, group: Hyperparameters) -> Tensor:
         return batch.orthogonalize(batch.values)
 
+    def rate(self, rows: int, cols: int, group: Hyperparameters) -> float:
+        return float(group["lr"]) * (group["extra_scale_factor"] * update_scale(group["adjust_lr_fn"], rows, cols))
+
     def finalize(self, weights: list[Tensor], updates: list[Tensor], rows: int, cols: int, group: Hyperparameters, happens: Tensor) -> None:
-        lr = float(group["lr"])
-        decay(weights, 1 - lr * group["weight_decay"], happens)
-        scale = group["extra_scale_factor"] * update_scale(group["adjust_lr_fn"], rows, cols)
-        torch._foreach_add_(weights, updates, alpha=-lr * scale)
+        decay(weights, 1 - float(group["lr"]) * group["weight_decay"], happens)
+        torch._foreach_add_(weights, updates, alpha=-self.rate(rows, cols, group))

@@ -137,6 +137,10 @@ class MatrixRule(Rule):
         """The updates of a batch, (B, m, n), at the owner of its matrices, or on every rank for slices."""
 
     @abstractmethod
+    def rate(self, rows: int, cols: int, group: Hyperparameters) -> float:
+        """What updates are multiplied by before they are taken off weights of rows × cols matrices (outputs × inputs)."""
+
+    @abstractmethod
     def finalize(self, weights: list[Tensor], updates: list[Tensor], rows: int, cols: int, group: Hyperparameters, happens: Tensor) -> None:
         """Change pieces of weights by the updates that arrived for them, of matrices of rows × cols (outputs × inputs).
 

@@ -81,7 +81,10 @@ class Slot:
 
 @dataclass(frozen=True)
 class Leg:
-    """One piece on its way: the matrix and parameter it belongs to, and where it lies on this rank."""
+    """One piece on its way: the matrix and parameter it belongs to, and where it lies on this rank.
+
+    `counts`: this rank stands for all that hold the piece, where each is to be counted once.
+    """
 
     matrix: int
     parameter: int
@@ -89,6 +92,7 @@ class Leg:
     shape: tuple[int, ...]
     view: LocalView | None = None  # at a holder
     slot: Slot | None = None  # at the owner
+    counts: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +202,7 @@ def route_bucket(plan: Plan, bucket: int, me: int, stored_as_box: Callable[[int]
             if owner == me:
                 shape = box_shape(own)
                 slot = Slot(*place[i], None if shape == plan.shape_of_part(i, me) else shape, _inside(own, piece.box))
-            leg = Leg(i, task.parameter, box_numel(piece.box), box_shape(piece.box), view, slot)
+            leg = Leg(i, task.parameter, box_numel(piece.box), box_shape(piece.box), view, slot, counts=piece.source == me)
             if owner == me:
                 (stay if piece.source == me else gather_in[piece.source]).append(leg)
                 for holder in piece.holders:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..spectrum.moments import QUANTILES
-from ..telemetry import known_at, read_run
+from ..telemetry import known_at, read_run, read_updates
 from .picture import pyplot
 from .table import mean_of_known, median_of_all, table, write_json
 
@@ -15,7 +15,16 @@ COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#7
 
 
 def run(directory: str, picture: str | None, json_path: str | None) -> int:
-    records = read_run(directory)
+    updates = read_updates(directory)
+    if updates:
+        _show_updates(updates)
+    try:
+        records = read_run(directory)
+    except ValueError:
+        if not updates:
+            raise
+        print("no spectra: they are measured where step counts adapt")
+        return 0
     last = {r["name"]: r for r in records}
     rows = []
     for name, r in last.items():
@@ -38,6 +47,16 @@ def run(directory: str, picture: str | None, json_path: str | None) -> int:
         print("no picture: matplotlib is not installed")
     write_json(json_path, list(last.values()))
     return 0
+
+
+def _show_updates(updates: dict[str, dict[str, Any]]) -> None:
+    """What the last reported step did to every matrix."""
+    rows = []
+    for name, r in updates.items():
+        ratio = "–" if r["update_to_weight"] is None else f"{r['update_to_weight']:.1e}"
+        rows.append((name, "×".join(map(str, r["shape"])), r["step"], f"{r['update_rms']:.1e}", f"{r['weight_rms']:.1e}", ratio))
+    print(table(("matrix", "shape", "at step", "update", "weights", "ratio"), rows, right=(2, 3, 4, 5)))
+    print("\nupdate, weights: root mean square, without weight decay. ratio: of their norms.\n")
 
 
 def _number(value: float | None) -> str:
