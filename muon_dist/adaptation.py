@@ -20,9 +20,9 @@ from torch import Tensor
 from .bound import BoundParameter
 from .domain import Ranks
 from .groups import policy_of
-from .polar.newton_schulz import moment_count
 from .polar.polynomials import Schedule
 from .polar.products import SymmetricProducts
+from .polar.recorder import moment_count
 from .rendezvous import wait_in_time
 from .shared import Shared
 from .spectrum import record as columns

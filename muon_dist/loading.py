@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .groups import POLICY_KEYS, STRUCTURE
-from .polar.polynomials import JORDAN
+from .polar.coefficients import JORDAN
 from .roles import WRAPPERS
 
 

@@ -43,7 +43,7 @@ class MuonDist(torch.optim.Optimizer):
         momentum, nesterov: as in `torch.optim.Muon`: buf.lerp_(g, 1 − momentum); the update is of g.lerp(buf, momentum).
         ns_steps: Newton–Schulz steps: "adaptive", so that every matrix gets as many as its measured spectrum needs, or a number;
             5 is plain Muon, equal to `torch.optim.Muon`.
-        polynomial: "jordan", "polar_express", "cans", "deepseek_v4", "minimax", one (a, b, c) repeated, or one (a, b, c) per step;
+        polynomial: "jordan", "quintic", "aol", "polar_express", "cans", "deepseek_v4", "minimax", one (a, b, c) repeated, or one per step;
             None: "jordan" for a fixed number of steps, "minimax" for adaptive ones (which take these two only).
         deflation: dominant singular values of every matrix that are lowered first to lie among the others, which are then iterated at
             their own scale: fewer steps for the cost of 12·deflation·m·n operations. None: none for fixed steps; for adaptive ones as many

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from .agreement import StepMask
-from .polar.newton_schulz import moment_count, orthogonalize_batch
+from .polar.newton_schulz import orthogonalize_batch
 from .polar.plausible import are_plausible
 from .polar.polynomials import Schedule
 from .program import Batch, Bucket, FragmentRun, PieceRun, Program
@@ -153,16 +153,15 @@ def _orthogonalize_alike(program: Program, batch: Batch, places: Sequence[int], 
     adaptation, slices = program.adaptation, batch.slices
     schedule = adaptation.schedule_now(batch.matrices[places[0]])
     measured = [k for k, place in enumerate(places) if batch.matrices[place] in adaptation.measuring] if adaptation.measuring else []
-    moments = values.new_empty(len(places), moment_count(len(schedule), schedule.deflation), dtype=torch.float64) if measured else None
     compute = batch.first.compute_dtype_for(schedule)
     with record_function(f"muon_dist::newton_schulz {'x'.join(map(str, values.shape))}"):
-        result = orthogonalize_batch(
+        result, moments = orthogonalize_batch(
             values,
             schedule,
             compute_dtype=compute,
             eps=batch.first.group["eps"],
             keep=keep,
-            moments=moments,
+            measure=bool(measured),
             slices=slices,
             products=program.domain.products,
         )

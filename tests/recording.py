@@ -54,7 +54,7 @@ class Recorder:
             self.events.append(("launch", number))
             return _Work(self._all_to_all(out, into, in_splits, out_splits, **options), self.events, number)
 
-        def orthogonalize_batch(batch: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        def orthogonalize_batch(batch: torch.Tensor, *args: Any, **options: Any) -> Any:
             self.events.append(("ns", tuple(batch.shape)))
             self.matrices.extend([tuple(batch.shape[1:])] * batch.shape[0])
             result = self._orthogonalize(batch, *args, **options)

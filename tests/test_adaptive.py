@@ -16,9 +16,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from muon_dist import MuonDist, ShardLayout, choose_schedule, orthogonalize
 from muon_dist.adaptation import LAG, SHARED
 from muon_dist.measure import measure_spectra
-from muon_dist.polar.newton_schulz import moment_count
 from muon_dist.polar.polynomials import Schedule, schedule_for
 from muon_dist.polar.products import products_on
+from muon_dist.polar.recorder import moment_count
 from muon_dist.polar.scaling import update_scale
 from muon_dist.spectrum.policy import FIVE, Work
 from muon_dist.spectrum.record import MEASUREMENTS, WIDTH_OF_DECISION

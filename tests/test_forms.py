@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from muon_dist.polar import forms
+from muon_dist.polar.coefficients import JORDAN
 from muon_dist.polar.cost import segments_of
 from muon_dist.polar.forms import PRECISIONS, cheapest_segments, derive, digest, name_of, schedules_of_the_table
-from muon_dist.polar.polynomials import JORDAN, schedule_for, widest_schedule
+from muon_dist.polar.polynomials import schedule_for, widest_schedule
 from muon_dist.polar.products import SymmetricProducts
 from muon_dist.polar.restarts import LONGEST, WORSE, how_much_worse, possible_segments
 from muon_dist.spectrum.policy import BANDS, Policy, Work

@@ -9,8 +9,9 @@ import torch
 
 from muon_dist import orthogonalize
 from muon_dist.polar import newton_schulz, restarts
+from muon_dist.polar.coefficients import JORDAN
 from muon_dist.polar.cost import flops, flops_of, segments_of
-from muon_dist.polar.polynomials import JORDAN, Schedule, minimax_schedule, schedule_for, widest_schedule
+from muon_dist.polar.polynomials import Schedule, minimax_schedule, schedule_for, widest_schedule
 from muon_dist.polar.products import SymmetricProducts
 from muon_dist.polar.restarts import LONGEST, WORSE, best_segments, how_much_worse, possible_segments, single_steps, stands
 

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from muon_dist import MuonDist
 from muon_dist.agreement import agree_on_gradients
-from muon_dist.polar.newton_schulz import moment_count
 from muon_dist.polar.polynomials import widest_schedule
 from muon_dist.polar.products import SymmetricProducts
+from muon_dist.polar.recorder import moment_count
 from muon_dist.program import Program
 from muon_dist.step import take_step
 

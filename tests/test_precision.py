@@ -208,11 +208,11 @@ def impossible(placement: str, factor: float, nonfinite: str = "skip") -> dict[s
     optimizer = MuonDist(list(parameters.items()), lr=0.1, weight_decay=0.0, ns_steps=5, **options)
     own, wrong = step.orthogonalize_batch, [True]
 
-    def orthogonalized(batch: Tensor, *args: Any, **given: Any) -> Tensor:
+    def orthogonalized(batch: Tensor, *args: Any, **given: Any) -> Any:
         slices = given.get("slices")
         shape = tuple(batch.shape[1:]) if slices is None else slices.shape
-        result = own(batch, *args, **given)
-        return result.mul_(factor) if wrong[0] and shape == (6, 10) else result
+        result, moments = own(batch, *args, **given)
+        return (result.mul_(factor) if wrong[0] and shape == (6, 10) else result), moments
 
     def whole() -> dict[str, Tensor]:
         return {name: getattr(p.detach(), "full_tensor", lambda p=p: p.detach())().clone() for name, p in parameters.items()}

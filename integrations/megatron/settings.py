@@ -12,7 +12,7 @@ from megatron.core.optimizer import OptimizerConfig
 from torch import nn
 
 from muon_dist.groups import PLAN_KEYS, POLICY_KEYS, PlanOptions
-from muon_dist.polar.polynomials import Coefficients
+from muon_dist.polar.coefficients import PUBLISHED, Coefficients
 
 from ..settings import naming
 
@@ -58,50 +58,8 @@ class MuonDistSettings(OptimizerConfig):
     muon_telemetry_sinks: Sequence[str] = field(default_factory=tuple)
 
 
-# Coefficients by Megatron's names, as in Emerging-Optimizers 0.3.0 (muon_utils.py), and what follows the last: the last again, or
-# the first. There a schedule is the first k of these whatever k is.
-_JORDAN: Coefficients = (3.4445, -4.7750, 2.0315)
-COEFFICIENTS: dict[str, tuple[tuple[Coefficients, ...], str]] = {
-    "simple": ((_JORDAN,), "cycle"),
-    "quintic": (  # You Jiacheng's, from modded-nanogpt's train_gpt_medium.py
-        (
-            (4.0848, -6.8946, 2.9270),
-            (3.9505, -6.3029, 2.6377),
-            (3.7418, -5.5913, 2.3037),
-            (2.8769, -3.1427, 1.2046),
-            (2.8366, -3.0525, 1.2012),
-        ),
-        "cycle",
-    ),
-    "polar_express": (  # arXiv 2505.16932, every step divided by its safety factor of 1.01
-        (
-            (8.2051, -22.9019, 16.4607),
-            (4.0664, -2.8612, 0.5184),
-            (3.9096, -2.8234, 0.5250),
-            (3.2856, -2.4153, 0.4853),
-            (2.2779, -1.6198, 0.3985),
-            (1.8726, -1.2307, 0.3585),
-            (1.8564, -1.2132, 0.3568),
-            (1.8750, -1.2500, 0.3750),
-        ),
-        "last",
-    ),
-    "cans": (  # arXiv 2506.10935
-        (
-            (8.4703, -25.1081, 18.6293),
-            (4.1828, -3.1087, 0.5806),
-            (3.9619, -2.9541, 0.5630),
-            (3.2866, -2.4647, 0.5074),
-            (2.2737, -1.6447, 0.4162),
-        ),
-        "last",
-    ),
-    "aol": (  # thib-s/flash-newton-schulz
-        ((4.0098, -7.0585, 2.4635), (3.4585, -5.5479, 2.5959), (2.7573, -3.2939, 1.4254), (2.7215, -3.0494, 1.3169)),
-        "cycle",
-    ),
-    "deepseekv4": ((_JORDAN,) * 8 + ((2.0, -1.5, 0.5),) * 2, "last"),  # DeepSeek-V4's report
-}
+# The coefficients that Megatron has, by its names
+COEFFICIENTS = {row.megatron: row for row in PUBLISHED if row.megatron is not None}
 
 # Arguments of `MuonDist` -> the flags that set them, for errors
 FLAGS = {
@@ -136,8 +94,7 @@ def coefficients(name: str, steps: int) -> tuple[Coefficients, ...]:
         raise ValueError(f"muon_coefficient_type={name!r}: choose one of {', '.join(COEFFICIENTS)}")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"muon_num_ns_steps must be a positive integer or 'adaptive', got {steps!r}")
-    given, then = COEFFICIENTS[name]
-    return tuple(given[k % len(given)] if then == "cycle" else given[min(k, len(given) - 1)] for k in range(steps))
+    return COEFFICIENTS[name].first(steps)
 
 
 def plan_options(config: MuonDistSettings) -> PlanOptions:

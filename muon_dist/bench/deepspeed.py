@@ -147,7 +147,7 @@ def _counted(calls: list[int]) -> Iterator[None]:
 
     orthogonalize, update = orthogonalize_batch, theirs.muon_update
 
-    def counted_ours(batch: Tensor, *args: Any, **options: Any) -> Tensor:
+    def counted_ours(batch: Tensor, *args: Any, **options: Any) -> Any:
         calls[0] += batch.shape[0]
         return orthogonalize(batch, *args, **options)
 

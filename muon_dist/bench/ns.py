@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ..polar import newton_schulz
+from ..polar.coefficients import JORDAN
 from ..polar.cost import flops, form_name, segments_of
 from ..polar.newton_schulz import default_compute_dtype, dtype_named, orthogonalize_batch
-from ..polar.polynomials import JORDAN, Schedule, schedule_for
+from ..polar.polynomials import Schedule, schedule_for
 from ..polar.products import SymmetricProducts, check_kernels
 from ..polar.restarts import single_steps
 from ..show.table import table, write_json

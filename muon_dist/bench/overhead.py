@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from ..optimizer import MuonDist
-from ..polar.newton_schulz import default_compute_dtype, moment_count, orthogonalize_batch
+from ..polar.newton_schulz import default_compute_dtype, orthogonalize_batch
 from ..polar.polynomials import Schedule
+from ..polar.recorder import moment_count
 from ..show.table import table, write_json
 from ..spectrum.policy import Policy
 from ..spectrum.record import WIDTH_OF_DECISION
@@ -100,12 +101,10 @@ def moments_extra(width: int, schedule: Schedule, device: torch.device) -> float
     """What moments add to the orthogonalisation of a width × 4·width matrix: the median of pairs."""
     ratios = []
     compute = default_compute_dtype(device, torch.float32, schedule)
-    count = moment_count(len(schedule), schedule.deflation)
     for _ in range(31):
         pair = []
         for measured in (False, True):
             batch = torch.randn(1, width, 4 * width, device=device).to(compute)
-            moments = torch.zeros(1, count, dtype=torch.float64, device=device) if measured else None
-            pair.append(seconds(partial(orthogonalize_batch, batch, schedule, compute_dtype=compute, moments=moments), device))
+            pair.append(seconds(partial(orthogonalize_batch, batch, schedule, compute_dtype=compute, measure=measured), device))
         ratios.append(pair[1] / pair[0] - 1)
     return max(0.0, statistics.median(ratios))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..polar.polynomials import JORDAN
+from ..polar.coefficients import JORDAN
 from ..polar.scaling import update_scale
 
 LR, MOMENTUM, WEIGHT_DECAY = 1e-3, 0.95, 0.1

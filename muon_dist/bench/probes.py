@@ -127,7 +127,7 @@ def _graphs(device: torch.device) -> list[Probe]:
         x = _random(count, rows, cols, device=device, dtype=compute)
 
         def eager(x: Tensor = x) -> Tensor:
-            return orthogonalize_batch(x.clone(), schedule, compute_dtype=compute)
+            return orthogonalize_batch(x.clone(), schedule, compute_dtype=compute)[0]
 
         result.append(Probe(size=rows, what=f"graph of {count} × {rows} × {cols}", job=_Graph(eager), unit=eager, unit_name="eager"))
     return result

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import spawn
 
 from ..optimizer import MuonDist
-from ..polar.polynomials import JORDAN
+from ..polar.coefficients import JORDAN
 from ..run import end_process_group
 from ..version import __version__, installed_versions
 

@@ -11,9 +11,10 @@ import functools
 
 import torch
 
+from .coefficients import Coefficients
 from .flattening import PASSES, flattening_flops
 from .forms import cheapest_segments
-from .polynomials import Coefficients, Schedule
+from .polynomials import Schedule
 from .products import SymmetricProducts
 from .restarts import single_steps
 

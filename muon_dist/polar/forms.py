@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from .polynomials import Coefficients, schedule_for, widest_schedule
+from .coefficients import Coefficients
+from .polynomials import schedule_for, widest_schedule
 from .products import Precision
 from .restarts import LONGEST, WORSE, best_segments, how_much_worse, possible_segments, single_steps, stands
 

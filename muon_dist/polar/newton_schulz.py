@@ -10,10 +10,12 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from .coefficients import Coefficients
 from .cost import segments_of
-from .flattening import DOMINANT, Part, flatten_dominant
-from .polynomials import Coefficients, Polynomial, Schedule, explicit_schedule, schedule_for
+from .flattening import Part, flatten_dominant
+from .polynomials import Polynomial, Schedule, explicit_schedule, schedule_for
 from .products import SymmetricProducts, fp32_precision, own_products, products_on
+from .recorder import Recorder
 
 # The largest gain (the product of all a) that is left to bf16. A direction at 1e-4·‖X‖_F comes out of bf16 with .91 of its gain and
 # noise of .39 beside it, out of fp16 with 1.00 and .06 (measured at n = 512); lifting it to 1 takes a gain of 1e4.
@@ -100,7 +102,7 @@ def orthogonalize(
         x: (..., m, n), floating point, any device; every trailing matrix is orthogonalised by itself. Tall, wide and
             empty matrices are welcome. A zero matrix gives zero.
         steps: Newton–Schulz steps.
-        polynomial: "jordan", "polar_express", "cans", "deepseek_v4", "minimax", one (a, b, c) repeated, or one (a, b, c) per step.
+        polynomial: "jordan", "quintic", "aol", "polar_express", "cans", "deepseek_v4", "minimax", one (a, b, c) repeated, or one per step.
         schedule: instead of `steps` and `polynomial`: a `Schedule`, such as `choose_schedule` gives, with its normalisation and
             deflation; or a list of (a, b, c), one per step, on x/‖x‖_F.
         compute_dtype: what the products run in (a dtype or a name such as "bf16"). None: fp32 on a CPU, fp64 for fp64 input;
@@ -123,8 +125,8 @@ def orthogonalize(
     chosen = schedule_for(polynomial, steps) if schedule is None else explicit_schedule(schedule)
     compute = dtype_named(compute_dtype, "compute_dtype") or default_compute_dtype(x.device, x.dtype, chosen)
     batch = x.detach().clone(memory_format=torch.contiguous_format).reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
-    moments = x.new_zeros(batch.shape[0], moment_count(len(chosen), chosen.deflation), dtype=torch.float64) if return_moments else None
-    result = orthogonalize_batch(batch, chosen, compute_dtype=compute, moments=moments).to(x.dtype).reshape(x.shape)
+    result, moments = orthogonalize_batch(batch, chosen, compute_dtype=compute, measure=return_moments)
+    result = result.to(x.dtype).reshape(x.shape)
     return result if moments is None else (result, moments.reshape(*x.shape[:-2], -1))
 
 
@@ -151,11 +153,6 @@ class Slices:
         return Part((self.start, self.stop) if self.shape[0] == self.shape[1] and self.dim == 0 else None, self.add_up)
 
 
-def moment_count(steps: int, deflation: int) -> int:
-    """How many moments an orthogonalisation of so many steps yields for each matrix."""
-    return 3 + 4 * steps + (DOMINANT if deflation else 0)
-
-
 def orthogonalize_batch(
     batch: Tensor,
     schedule: Schedule,
@@ -163,30 +160,51 @@ def orthogonalize_batch(
     compute_dtype: torch.dtype,
     eps: float = 1e-20,
     keep: Tensor | None = None,
-    moments: Tensor | None = None,
+    measure: bool = False,
     slices: Slices | None = None,
     products: SymmetricProducts | None = None,
-) -> Tensor:
-    """Newton–Schulz on (B, m, n): returns (B, m, n) in `compute_dtype`. The input is workspace: its values are lost.
+) -> tuple[Tensor, Tensor | None]:
+    """Newton–Schulz on (B, m, n). The input is workspace: its values are lost.
 
     Each matrix is divided by max(‖·‖_F, eps) first, and by what the schedule's normalisation adds once the first Gram matrix is
     known. Where the bools `keep`, (B,), are False the result is exactly zero: a finite matrix divided by infinity.
-
-    `moments`, (B, 3 + 4k) in fp64, is filled with what the k steps show of the spectrum, for a pass over each Gram matrix and one
-    over the result, and no product. With uᵢ the squares of the singular values of the iterate before step i, which maps u to
-    u·(a + P(u))², P(u) = b·u + c·u²:
-        where the dominant singular values were put by deflation, relative to ‖X‖_F, and the norm that the matrix was then divided by;
-        for every step Σuᵢ, Σuᵢ², Σuᵢ·P(uᵢ), ΣP(uᵢ)²;
-        Σuₖ of the result; and with deflation, (B, 3 + 4k + 8), some of the dominant singular values (`flattening.dominant_ranks`).
 
     With `slices` the batch is this process's part of larger matrices, and so is the result. Gram matrices are added up over all parts
     (every segment's, in fp32 at least), and so are the squares of norms and what deflation needs; steps on a Gram matrix are taken by
     all, alike. The moments are those of the whole matrices.
 
     `products`: how symmetric products are taken; None: as usual on this kind of device.
+
+    Returns:
+        (B, m, n) in `compute_dtype`; and with `measure` the moments, (B, `moment_count`), as `Recorder` has them, else None.
     """
+    recorder = Recorder.of(batch, schedule) if measure else None
     if batch.numel() == 0 and slices is None:
-        return batch.to(compute_dtype, copy=True)
+        return batch.to(compute_dtype, copy=True), None if recorder is None else recorder.moments
+    x = _normalised(batch, schedule, compute_dtype, eps, keep, slices, recorder)
+    y = torch.empty_like(x)
+    shape = tuple(x.shape[1:]) if slices is None else slices.shape
+    products = products or products_on(x.device.type)
+    segments = segments_of(schedule.steps, *shape, x.dtype, products)
+    # One matrix after the other where a batched product gains nothing: on a CPU the working set then fits its caches. Otherwise batched, a
+    # batch of one as well: a matrix comes out the same to the last bit whichever others share its owner. (In half precision not on a CPU.)
+    one_by_one = x.device.type == "cpu" and (min(shape) >= 192 or x.dtype in (torch.bfloat16, torch.float16))
+    with own_products(x.device.type):
+        for k in range(x.shape[0]) if one_by_one else [slice(None)]:
+            _iterate(x[k], y[k], schedule, segments, products, None if recorder is None else recorder[k], slices)
+    return y if len(segments) % 2 else x, None if recorder is None else recorder.moments
+
+
+def _normalised(
+    batch: Tensor,
+    schedule: Schedule,
+    compute_dtype: torch.dtype,
+    eps: float,
+    keep: Tensor | None,
+    slices: Slices | None,
+    recorder: Recorder | None,
+) -> Tensor:
+    """(B, m, n) in `compute_dtype`, divided by Frobenius norms and deflated as the schedule says."""
     norm = frobenius_norms(batch)
     if slices is not None:
         slices.add_up(norm.square_())
@@ -198,35 +216,21 @@ def orthogonalize_batch(
         norm = norm.to(torch.float32)
     norm.masked_fill_(norm == 0, float("inf"))  # an eps of 0, or one that fp32 doesn't hold
     deflated = min(schedule.deflation, *(tuple(batch.shape[1:]) if slices is None else slices.shape))
-    if moments is not None:
-        moments[:, 0] = 0.0
-    if deflated:  # in fp32 at least, and only what is left is rounded, at its own scale
-        batch = batch.to(torch.promote_types(batch.dtype, torch.float32)).div_(norm)
-        with own_products(batch.device.type, fp32=_fp32_of_deflation(batch.device.type, compute_dtype)):
-            tau = flatten_dominant(
-                batch,
-                deflated,
-                tall=batch.shape[-2] > batch.shape[-1] if slices is None else slices.shape[0] > slices.shape[1],
-                part=None if slices is None else slices.part,
-                dominant=None if moments is None else moments[:, -DOMINANT:],
-            )
-        if moments is not None:
-            moments[:, 0] = tau
-            moments = moments[:, :-DOMINANT]
-        x = batch.to(compute_dtype)
-    else:
-        x = batch.div_(norm) if batch.dtype == compute_dtype else (batch / norm).to(compute_dtype)
-    y = torch.empty_like(x)
-    shape = tuple(x.shape[1:]) if slices is None else slices.shape
-    products = products or products_on(x.device.type)
-    segments = segments_of(schedule.steps, *shape, x.dtype, products)
-    # One matrix after the other where a batched product gains nothing: on a CPU the working set then fits its caches. Otherwise batched, a
-    # batch of one as well: a matrix comes out the same to the last bit whichever others share its owner. (In half precision not on a CPU.)
-    one_by_one = x.device.type == "cpu" and (min(shape) >= 192 or x.dtype in (torch.bfloat16, torch.float16))
-    with own_products(x.device.type):
-        for k in range(x.shape[0]) if one_by_one else [slice(None)]:
-            _iterate(x[k], y[k], schedule, segments, products, None if moments is None else moments[k, 1:], slices)
-    return y if len(segments) % 2 else x
+    if not deflated:
+        return batch.div_(norm) if batch.dtype == compute_dtype else (batch / norm).to(compute_dtype)
+    # in fp32 at least, and only what is left is rounded, at its own scale
+    batch = batch.to(torch.promote_types(batch.dtype, torch.float32)).div_(norm)
+    with own_products(batch.device.type, fp32=_fp32_of_deflation(batch.device.type, compute_dtype)):
+        tau = flatten_dominant(
+            batch,
+            deflated,
+            tall=batch.shape[-2] > batch.shape[-1] if slices is None else slices.shape[0] > slices.shape[1],
+            part=None if slices is None else slices.part,
+            dominant=None if recorder is None else recorder.dominant,
+        )
+    if recorder is not None:
+        recorder.flattened(tau)
+    return batch.to(compute_dtype)
 
 
 def _fp32_of_deflation(device_type: str, compute_dtype: torch.dtype) -> str:
@@ -243,63 +247,100 @@ def _iterate(
     schedule: Schedule,
     segments: Sequence[int],
     products: SymmetricProducts,
-    moments: Tensor | None,
+    recorder: Recorder | None,
     slices: Slices | None,
 ) -> None:
-    """Newton–Schulz in segments, one matrix or a batch: of each, A = XXᵀ, steps on A alone, and X ← RX (XᵀX and XR where X is tall).
+    """Newton–Schulz in segments, one matrix or a batch: of each, A = XXᵀ, then steps, and X ← RX (XᵀX and XR where X is tall).
 
-    With P = bA + cA² a segment of one step is X ← aX + PX; in longer ones R ← aR + PR (at first a + P) and A ← QAQ, Q = a + P.
     Works in x and y in turns: the result is in y after an odd number of segments.
     """
-    product, multiply_add = (torch.mm, torch.addmm) if x.ndim == 2 else (torch.bmm, torch.baddbmm)
     tall = x.shape[-2] > x.shape[-1] if slices is None else slices.dim == 0
     small = x.shape[-1 if tall else -2]
     gram, polynomial = (x.new_empty(*x.shape[:-2], small, small) for _ in range(2))
-    root, spare = (torch.empty_like(gram) if max(segments) > 1 else gram for _ in range(2))
+    spares = tuple(torch.empty_like(gram) for _ in range(2)) if max(segments) > 1 else (gram, gram)
     k = 0
     for length in segments:
         products.multiply(*((x.mT, x) if tall else (x, x.mT)), gram)
         if slices is not None:
             slices.add_up(gram)
-        for step in range(length):
-            a, b, c = schedule.steps[k]
-            if k == 0 and schedule.normalisation != "frobenius":
-                squared = polynomial if schedule.normalisation == "schatten8" else None
-                scale = _divide_by_schatten(x, gram, squared, products)
-                if moments is not None:
-                    moments[..., 0] = scale[..., 0, 0]
-            elif k == 0 and moments is not None:
-                moments[..., 0] = 1.0
-            if k == 0 and schedule.normalisation == "schatten8":
-                polynomial.mul_(c).add_(gram, alpha=b)  # holds A²
-            else:
-                products.multiply(gram, gram, polynomial, addend=gram, beta=b, alpha=c)
-            if moments is not None:
-                moments[..., 1 + 4 * k] = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64)
-                moments[..., 2 + 4 * k] = _inner(gram, gram)
-                moments[..., 3 + 4 * k] = _inner(gram, polynomial)
-                moments[..., 4 + 4 * k] = _inner(polynomial, polynomial)
-            k += 1
-            if length == 1:
-                multiply_add(x, *((x, polynomial) if tall else (polynomial, x)), beta=a, out=y)
-                continue
-            if step > 0:
-                products.multiply(polynomial, root, spare, addend=root, beta=a)
-                root, spare = spare, root
-            if step < length - 1:
-                polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
-                if step == 0:
-                    root.copy_(polynomial)
-                product(gram, polynomial, out=spare)  # whole: see restarts on the order of factors
-                products.multiply(polynomial, spare, gram)
-        if length > 1:
-            product(*((x, root.mT) if tall else (root, x)), out=y)  # root is symmetric but for rounding
+        squared = False  # whether `polynomial` holds A²
+        if k == 0 and schedule.normalisation != "frobenius":
+            squared = schedule.normalisation == "schatten8"
+            scale = _divide_by_schatten(x, gram, polynomial if squared else None, products)
+            if recorder is not None:
+                recorder.divided_by(scale[..., 0, 0])
+        steps = schedule.steps[k : k + length]
+        if length == 1:
+            _direct_step(x, y, gram, polynomial, steps[0], k, products, recorder, tall=tall, squared=squared)
+        else:
+            _gram_segment(x, y, gram, polynomial, spares, steps, k, products, recorder, tall=tall, squared=squared)
+        k += length
         x, y = y, x
-    if moments is not None:
-        left = _inner(x, x)
-        if slices is not None:
-            slices.add_up(left)
-        moments[..., -1] = left
+    if recorder is not None:
+        recorder.after_all(x, None if slices is None else slices.add_up)
+
+
+def _polynomial_of(gram: Tensor, out: Tensor, step: Coefficients, products: SymmetricProducts, *, squared: bool) -> None:
+    """P = bA + cA² into `out`, which holds A² where it is `squared`."""
+    _, b, c = step
+    if squared:
+        out.mul_(c).add_(gram, alpha=b)
+    else:
+        products.multiply(gram, gram, out, addend=gram, beta=b, alpha=c)
+
+
+def _direct_step(
+    x: Tensor,
+    y: Tensor,
+    gram: Tensor,
+    polynomial: Tensor,
+    step: Coefficients,
+    k: int,
+    products: SymmetricProducts,
+    recorder: Recorder | None,
+    *,
+    tall: bool,
+    squared: bool,
+) -> None:
+    """Step k on X itself: Y = aX + PX (or XP)."""
+    _polynomial_of(gram, polynomial, step, products, squared=squared)
+    if recorder is not None:
+        recorder.before_step(k, gram, polynomial)
+    multiply_add = torch.addmm if x.ndim == 2 else torch.baddbmm
+    multiply_add(x, *((x, polynomial) if tall else (polynomial, x)), beta=step[0], out=y)
+
+
+def _gram_segment(
+    x: Tensor,
+    y: Tensor,
+    gram: Tensor,
+    polynomial: Tensor,
+    spares: tuple[Tensor, ...],
+    steps: Sequence[Coefficients],
+    k: int,
+    products: SymmetricProducts,
+    recorder: Recorder | None,
+    *,
+    tall: bool,
+    squared: bool,
+) -> None:
+    """Steps k and following on the Gram matrix alone: R ← aR + PR (at first a + P) and A ← QAQ, Q = a + P; at the end Y = RX (or XR)."""
+    product = torch.mm if x.ndim == 2 else torch.bmm
+    root, spare = spares
+    for i, step in enumerate(steps):
+        _polynomial_of(gram, polynomial, step, products, squared=squared and i == 0)
+        if recorder is not None:
+            recorder.before_step(k + i, gram, polynomial)
+        if i > 0:
+            products.multiply(polynomial, root, spare, addend=root, beta=step[0])
+            root, spare = spare, root
+        if i < len(steps) - 1:
+            polynomial.diagonal(dim1=-2, dim2=-1).add_(step[0])
+            if i == 0:
+                root.copy_(polynomial)
+            product(gram, polynomial, out=spare)  # whole: see restarts on the order of factors
+            products.multiply(polynomial, spare, gram)
+    product(*((x, root.mT) if tall else (root, x)), out=y)  # root is symmetric but for rounding
 
 
 def _divide_by_schatten(x: Tensor, gram: Tensor, squared: Tensor | None, products: SymmetricProducts) -> Tensor:
@@ -326,12 +367,6 @@ def _divide_by_schatten(x: Tensor, gram: Tensor, squared: Tensor | None, product
         scale = scale * root.sqrt()
     x.div_(scale)
     return scale
-
-
-def _inner(first: Tensor, second: Tensor) -> Tensor:
-    """⟨first, second⟩ of each matrix, in fp32 at least."""
-    precise = torch.float64 if first.dtype == torch.float64 else torch.float32
-    return torch.linalg.vecdot(first.to(precise), second.to(precise)).sum(-1, dtype=torch.float64)  # by rows, and over rows in fp64
 
 
 def frobenius_norms(batch: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 One step maps the singular values of X by p(x) = a·x + b·x³ + c·x⁵. A **schedule** is one (a, b, c) per step, with what X is
 divided by beforehand. Schedules of the minimax families are generated for their step count: the first k steps of a longer
-schedule leave an output that is not near 1 anywhere, so nothing here is ever truncated.
+schedule leave an output that is not near 1 anywhere, so of these nothing is ever truncated.
 """
 
 from __future__ import annotations
@@ -15,16 +15,10 @@ from typing import TypeVar, Union
 
 import numpy as np
 
-Coefficients = tuple[float, float, float]
+from .coefficients import DEEPSEEK_V4_LAST, JORDAN, PUBLISHED, Coefficients
+
 Number = TypeVar("Number", float, np.ndarray)
 Polynomial = Union[str, Coefficients, Sequence[Coefficients]]
-
-# Keller Jordan, "Muon: an optimizer for hidden layers in neural networks" (2024). Repeated, it oscillates in about
-# [.68, 1.13] and does not converge.
-JORDAN: Coefficients = (3.4445, -4.7750, 2.0315)
-
-# The last two of DeepSeek-V4's ten steps; the eight before them are JORDAN.
-DEEPSEEK_V4_LAST: Coefficients = (2.0, -1.5, 0.5)
 
 # Polar Express (arXiv 2505.16932) and CANS (arXiv 2506.10935) are both greedy minimax schedules for [1e-3, 1] as
 # published; the first widens no interval beyond its cushion and divides all steps but the last by a safety factor.
@@ -43,7 +37,8 @@ SAFETY = 1.02
 # Lower bounds are rounded down to powers of 10^(1/8), and tolerances to hundredths, so that schedules stay few.
 BOUNDS_PER_DECADE = 8
 
-NAMES = ("jordan", "polar_express", "cans", "deepseek_v4", "minimax")
+REPEATED = {row.name: row for row in PUBLISHED if row.name is not None}  # steps as published, whatever their count
+NAMES = (*REPEATED, "polar_express", "cans", "deepseek_v4", "minimax")
 NORMALISATIONS = ("frobenius", "schatten4", "schatten8")
 MAX_STEPS = 100
 
@@ -127,8 +122,8 @@ def _triple(step: object) -> Coefficients:
 
 @functools.cache
 def _named(name: str, steps: int) -> Schedule:
-    if name == "jordan":
-        return Schedule((JORDAN,) * steps)
+    if name in REPEATED:
+        return Schedule(REPEATED[name].first(steps))
     if name == "deepseek_v4":
         if steps < 3:
             raise ValueError(f"deepseek_v4 ends with two (2, -1.5, .5) steps after the others: steps must be >= 3, got {steps}")

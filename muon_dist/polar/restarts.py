@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .polynomials import Coefficients
+from .coefficients import Coefficients
 from .products import Precision
 
 Rounding = Callable[[Tensor], Tensor]

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from ..polar.coefficients import Coefficients
 from ..polar.flattening import PLACE, SMALLEST, dominant_ranks
-from ..polar.newton_schulz import moment_count
-from ..polar.polynomials import TOLERANCE, Coefficients, Schedule, image
+from ..polar.polynomials import TOLERANCE, Schedule, image
+from ..polar.recorder import moment_count
 
 Array = np.ndarray
 

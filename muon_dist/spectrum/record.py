@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ..polar.newton_schulz import moment_count
+from ..polar.recorder import moment_count
 from .moments import QUANTILES
 
 Array = np.ndarray

@@ -22,8 +22,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from muon_dist import MuonDist, orthogonalize
 from muon_dist.bench.peers import newton_schulz
+from muon_dist.polar.coefficients import JORDAN
 from muon_dist.polar.newton_schulz import default_compute_dtype
-from muon_dist.polar.polynomials import JORDAN, minimax_schedule, schedule_for
+from muon_dist.polar.polynomials import minimax_schedule, schedule_for
 from muon_dist.polar.products import SymmetricProducts
 
 from ..ranks import run_ranks
