@@ -70,6 +70,20 @@ def test_state_that_a_host_replaces_after_every_step_is_what_is_saved(change: Ca
     assert all(map(torch.equal, end, train(untouched, plain, range(18))))
 
 
+@pytest.mark.parametrize("options", [{"ns_steps": 5}, {}, {"rule": "normuon"}], ids=["five", "adaptive", "normuon"])
+def test_weights_that_a_host_moves_to_other_memory_are_those_that_are_updated(options: dict[str, Any]) -> None:
+    """As `model.to(device)` and back, or a host's offload does: parameters stay, what they hold lies elsewhere."""
+
+    def between(_: MuonDist) -> None:
+        for p in model.parameters():
+            p.data = p.data.clone()
+
+    model, optimizer = made(**options)
+    end = train(model, optimizer, range(9), between)
+    untouched, plain = made(**options)
+    assert all(map(torch.equal, end, train(untouched, plain, range(9))))
+
+
 def test_spectra_that_a_host_has_moved_or_cast_come_back() -> None:
     model, optimizer = made()
     train(model, optimizer, range(6))
