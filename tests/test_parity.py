@@ -5,6 +5,9 @@ The reference is fed the gradients that the host reduced. Updates are compared (
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from muon_dist import MuonDist
 
@@ -84,3 +87,34 @@ def exact_update() -> dict[str, torch.Tensor]:
     before = models.whole_parameters(model)
     optimizer.step()
     return {name: value - before[name] for name, value in models.whole_parameters(model).items() if value.ndim == 2}
+
+
+def experts(placement: str) -> tuple[int, float]:
+    """In how many buckets the matrices of one parameter travel, and the largest error of an update."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def placed(value: torch.Tensor) -> torch.Tensor:
+        return value if placement == "replicas" else distribute_tensor(value, mesh, [Shard(int(placement[-1]))])
+
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(5, 24, 16, generator=generator, dtype=torch.float64)
+    p = torch.nn.Parameter(placed(start))
+    optimizer = MuonDist([{"params": [("experts", p)], "algorithm": "muon"}], lr=1.0, weight_decay=0.1, bucket_mb=0.001, ns_steps=5)
+    reference = ReferenceMuon({"experts": start}, {"experts": [24]}, lr=1.0, weight_decay=0.1)
+    worst = 0.0
+    for _ in range(3):
+        gradient = torch.randn(5, 24, 16, generator=generator, dtype=torch.float64)
+        p.grad = placed(gradient)
+        before = models.whole(p)
+        reference.parameters = {"experts": before.clone()}
+        reference.step({"experts": gradient})
+        optimizer.step()
+        expected = reference.parameters["experts"] - before
+        worst = max(worst, float((models.whole(p) - before - expected).norm() / expected.norm()))
+    return len(optimizer.plans[0][1].buckets), worst
+
+
+@pytest.mark.parametrize(("placement", "world"), [("replicas", 1), ("shard 0", 2), ("shard 1", 2), ("shard 2", 3)])
+def test_a_parameter_whose_matrices_travel_in_several_buckets(placement: str, world: int) -> None:
+    for buckets, error in run_ranks(world, experts, placement):
+        assert buckets > 1 and error <= BOUNDS[torch.float64]
