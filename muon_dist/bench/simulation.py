@@ -9,9 +9,10 @@ import numpy as np
 
 from ..sharding.plan import BucketLoads
 
-# Bytes that pass through memory per element a rank stores. Momentum: gradient (2), buffer and parameter read and written (16), the form
-# written (2). Applying: update read (2), parameter read and written (8). AdamW: gradient (2), parameter and two averages read and written.
-MOMENTUM_BYTES, APPLY_BYTES, ADAMW_BYTES = 20, 10, 26
+# Bytes that pass through memory per element a rank stores. Momentum: gradient (2), buffer read and written (8), the form written (2).
+# Applying: parameter read and written (8) by decay and again with the update, which is read (2). AdamW: gradient (2), parameter and two
+# averages read and written.
+MOMENTUM_BYTES, APPLY_BYTES, ADAMW_BYTES = 12, 18, 26
 
 
 @dataclass(frozen=True, kw_only=True)
