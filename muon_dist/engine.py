@@ -252,7 +252,8 @@ class Engine:
             program.adaptation.end_step()
             program.matrix_state.share()
             if program.metrics is not None:
-                program.metrics.end_step(self._taken, self._skipped, self._left_out)
+                own = {} if self._host_decides else {"skipped_steps": self._skipped}  # a host that decides counts them itself
+                program.metrics.end_step(self._taken, {**own, "skipped_updates": self._left_out})
 
     def _follow(self, *, compile: bool) -> None:
         """Go on from what a user or host did to weights and state: what is gone begins anew, what was replaced is taken up."""
@@ -289,14 +290,19 @@ class Engine:
             elif adaptation.changed:
                 program.regroup(adaptation.changed)
             if decided and self._telemetry is not None:
-                numel = sum(math.prod(b.placement.shape) for domain in self.domains for b in domain.parameters)
-                self._telemetry.write(program.domain, adaptation, decided, self._model_numel or numel)
+                self._telemetry.write(program.domain, adaptation, decided, self._numel)
+
+    @property
+    def _numel(self) -> int:
+        """Elements of the model, for scaling laws."""
+        return self._model_numel or sum(math.prod(b.placement.shape) for domain in self.domains for b in domain.parameters)
 
     def _report(self, step: int | None) -> None:
         """Write reports that have arrived, and begin that of this step; None: write all that are under way."""
         for program in self._programs:
             if program.metrics is not None and self._telemetry is not None:
-                self._telemetry.report(program.domain, list(program.metrics.arrived(step)))
+                if lines := list(program.metrics.arrived(step)):
+                    self._telemetry.report(program.domain, lines, self._numel)
                 if step is not None:
                     program.metrics.begin_step(step)
 

@@ -30,6 +30,7 @@ class Metrics:
         self._domain, self._every = domain, every
         self._sums: Tensor | None = None  # (matrices + 1, 2) fp64: squares of updates and of weights; last, what was left out
         self._under_way: tuple[int, Shared] | None = None
+        self._counts: tuple[str, ...] = ()
 
     def begin_step(self, step: int) -> None:
         """Begin a report, where it is time for one."""
@@ -54,12 +55,17 @@ class Metrics:
             norms = torch.stack([norm.to(torch.float64) for norm in torch._foreach_norm(pieces)]).to(self._sums.device)
             self._sums[:, column].index_add_(0, matrices, (norms * factor).square_())
 
-    def end_step(self, step: int, skipped_steps: Tensor | None, skipped_updates: Tensor | None) -> None:
-        """Share what this step has added up. Collective, at reported steps."""
+    def end_step(self, step: int, left_out: Mapping[str, Tensor | None]) -> None:
+        """Share what this step has added up. Collective, at reported steps.
+
+        Args:
+            left_out: at most two counts by name, 0-d, equal on all ranks; None: 0.
+        """
         if self._sums is None:
             return
+        self._counts = tuple(left_out)
         if self._domain.me == 0:  # all ranks know these
-            for column, count in enumerate((skipped_steps, skipped_updates)):
+            for column, count in enumerate(left_out.values()):
                 if count is not None:
                     self._sums[-1, column] = count
         self._under_way, self._sums = (step, Shared(self._sums, self._domain)), None
@@ -73,7 +79,7 @@ class Metrics:
         sums = sharing.wait()
         for (update, weight), task in zip(sums[:-1].tolist(), self._domain.plan.matrices, strict=True):
             yield {"type": "update", "step": at, "name": task.name, "shape": list(task.shape), **_sizes(update, weight, task.numel)}
-        yield {"type": "skipped", "step": at, "skipped_steps": int(sums[-1, 0]), "skipped_updates": int(sums[-1, 1])}
+        yield {"type": "skipped", "step": at, **{name: int(sums[-1, column]) for column, name in enumerate(self._counts)}}
 
 
 def _sizes(update: float, weight: float, numel: int) -> Mapping[str, float | None]:

@@ -77,10 +77,10 @@ class Telemetry:
         if domain.me == 0 and not self._failed:
             self._write(domain, [{**line, "params": params} for line in _lines(domain, adaptation, set(decided))], params)
 
-    def report(self, domain: Domain, lines: Sequence[dict[str, Any]]) -> None:
+    def report(self, domain: Domain, lines: Sequence[dict[str, Any]], params: int) -> None:
         """Report lines that have a "type", a "step" and for what is of one matrix a "name"; only the domain's first rank does something."""
-        if domain.me == 0 and not self._failed and lines:
-            self._write(domain, lines, sum(math.prod(b.placement.shape) for b in domain.parameters))
+        if domain.me == 0 and not self._failed:
+            self._write(domain, lines, params)
 
     def _write(self, domain: Domain, lines: Sequence[dict[str, Any]], params: int) -> None:
         try:
