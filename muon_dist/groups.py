@@ -23,7 +23,7 @@ from .polar.products import SymmetricProducts, check_kernels, products_on
 from .polar.scaling import update_scale
 from .roles import says_nothing
 from .routing import ALGORITHMS, Route, refuse_flattened, route_parameter
-from .rules import RULES, rule_of
+from .rules import RULES, matrix_rule, rule_of
 from .sharding.layout import ShardLayout
 from .sharding.owners import PLACEMENTS
 from .spectrum.policy import Policy
@@ -110,7 +110,7 @@ def _read_group(group: Mapping[str, Any], defaults: Mapping[str, Any], layouts: 
     if algorithm is not None and algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm={algorithm!r}: choose 'muon' or 'adamw'")
     options = {k: v for k, v in group.items() if k not in ("params", "param_names", "algorithm", "reasons")}
-    rule = rule_of({"algorithm": "muon", "rule": options.get("rule", defaults["rule"])})
+    rule = matrix_rule(options.get("rule", defaults["rule"]))
     _refuse_unknown(set(options), {algorithm} if algorithm else set(ALGORITHMS), defaults, rule.hyperparameters)
     reasons = group.get("reasons")
     parts: dict[tuple[str, MatrixView | None], dict[str, Any]] = {}
@@ -286,7 +286,7 @@ def _check_arguments(defaults: Mapping[str, Any]) -> None:
         if defaults[key] is not None:
             _check_number(key, defaults[key])
     _check_betas("adam_betas", defaults["adam_betas"])
-    own, given = rule_of({"algorithm": "muon", "rule": defaults["rule"]}).hyperparameters, defaults["rule_options"]
+    own, given = matrix_rule(defaults["rule"]).hyperparameters, defaults["rule_options"]
     if given is not None and (not isinstance(given, Mapping) or not set(given) <= set(own)):
         takes = f"has {', '.join(sorted(own))}" if own else "has none"
         raise ValueError(f"rule_options={given!r}: a mapping of the rule's own hyperparameters, and {defaults['rule']!r} {takes}")

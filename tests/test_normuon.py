@@ -25,7 +25,7 @@ from . import models
 from .ranks import run_ranks
 from .recording import Collectives
 from .reference_normuon import BETA2, ReferenceNorMuon
-from .test_parity import BOUNDS, PLACEMENTS
+from .test_parity import BOUNDS, PLACEMENTS, worst_update
 
 OPTIONS: dict[str, Any] = {"rule": "normuon", "rule_options": {"beta2": BETA2}, "ns_steps": 5}
 
@@ -36,14 +36,7 @@ def against_reference(placement: str, shapes: str, dtype: torch.dtype, options: 
     parameters = models.whole_parameters(model)
     optimizer = MuonDist(model.named_parameters(), lr=1.0, weight_decay=0.0, **OPTIONS, **options)
     reference = ReferenceNorMuon(parameters, models.muon_names(parameters), lr=1.0, weight_decay=0.0)
-    worst = 0.0
-    for seed in range(3):
-        models.backward(model, seed, placement)
-        before = models.whole_parameters(model)
-        reference.parameters = {name: p.clone() for name, p in before.items()}
-        reference.step(models.whole_gradients(model))
-        optimizer.step()
-        worst = max(worst, *models.relative_errors(before, models.whole_parameters(model), reference.parameters).values())
+    worst = worst_update(model, optimizer, reference, placement)
     optimizer.consolidate()
     optimizer.state_dict()  # brings in what is on its way
     kept = {name.removeprefix("module."): optimizer.state[p]["second_momentum"] for name, p in model.named_parameters() if p.ndim == 2}

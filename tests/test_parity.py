@@ -35,6 +35,11 @@ def updates_against_reference(placement: str, shapes: str, dtype: torch.dtype, o
     parameters = models.whole_parameters(model)
     optimizer = MuonDist(model.named_parameters(), lr=1.0, weight_decay=0.0, **options, ns_steps=5)
     reference = ReferenceMuon(parameters, models.muon_names(parameters), lr=1.0, weight_decay=0.0)
+    return worst_update(model, optimizer, reference, placement)
+
+
+def worst_update(model: torch.nn.Module, optimizer: MuonDist, reference: ReferenceMuon, placement: str) -> float:
+    """The largest relative error of an update in three steps, each from the same whole gradients."""
     worst = 0.0
     for seed in range(3):
         models.backward(model, seed, placement)

@@ -17,7 +17,7 @@ from muon_dist.groups import read_groups
 from muon_dist.polar.polynomials import Schedule
 from muon_dist.polar.products import product_settings
 from muon_dist.rendezvous import gather_objects
-from muon_dist.rules import Rule, rule_of
+from muon_dist.rules import RULES, Rule, matrix_rule
 from muon_dist.sharding.plan import Plan
 from muon_dist.telemetry import Telemetry
 
@@ -104,8 +104,7 @@ class WrappedMuonDist(torch.optim.Optimizer):
         return self._part
 
     def _rule_of(self, described: Described) -> Rule:
-        algorithm = described.route.algorithm
-        return rule_of({"algorithm": algorithm, **({"rule": self._given["rule"]} if algorithm == "muon" else {})})
+        return matrix_rule(self._given["rule"]) if described.route.algorithm == "muon" else RULES[described.route.algorithm]
 
     def _empty_pieces(self) -> list[tuple[Piece, Described]]:
         """Pieces of the parameters of which nothing lies here; the ranks that hold some know their groups. Collective."""

@@ -18,10 +18,18 @@ def rule_of(group: Mapping[str, Any]) -> Rule:
     Raises:
         ValueError: no rule for matrices.
     """
-    name = group.get("rule", group["algorithm"])
-    if "rule" in group and name not in MATRIX_RULES:
+    return matrix_rule(group["rule"]) if "rule" in group else RULES[group["algorithm"]]
+
+
+def matrix_rule(name: str) -> Rule:
+    """The rule for matrices of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in MATRIX_RULES:
         raise ValueError(f"rule={name!r}: choose one of {', '.join(MATRIX_RULES)}")
     return RULES[name]
 
 
-__all__ = ["MATRIX_RULES", "RULES", "ElementwiseRule", "MatrixRule", "Rule", "rule_of"]
+__all__ = ["MATRIX_RULES", "RULES", "ElementwiseRule", "MatrixRule", "Rule", "matrix_rule", "rule_of"]
