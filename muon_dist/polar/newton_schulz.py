@@ -258,89 +258,76 @@ def _iterate(
     small = x.shape[-1 if tall else -2]
     gram, polynomial = (x.new_empty(*x.shape[:-2], small, small) for _ in range(2))
     spares = tuple(torch.empty_like(gram) for _ in range(2)) if max(segments) > 1 else (gram, gram)
+    iteration = _Iteration(gram, polynomial, products, recorder, tall)
     k = 0
     for length in segments:
         products.multiply(*((x.mT, x) if tall else (x, x.mT)), gram)
         if slices is not None:
             slices.add_up(gram)
-        squared = False  # whether `polynomial` holds A²
         if k == 0 and schedule.normalisation != "frobenius":
-            squared = schedule.normalisation == "schatten8"
-            scale = _divide_by_schatten(x, gram, polynomial if squared else None, products)
+            iteration.squared = schedule.normalisation == "schatten8"
+            scale = _divide_by_schatten(x, gram, polynomial if iteration.squared else None, products)
             if recorder is not None:
                 recorder.divided_by(scale[..., 0, 0])
-        steps = schedule.steps[k : k + length]
         if length == 1:
-            _direct_step(x, y, gram, polynomial, steps[0], k, products, recorder, tall=tall, squared=squared)
+            iteration.direct_step(x, y, schedule.steps[k], k)
         else:
-            _gram_segment(x, y, gram, polynomial, spares, steps, k, products, recorder, tall=tall, squared=squared)
+            iteration.gram_segment(x, y, spares, schedule.steps[k : k + length], k)
         k += length
         x, y = y, x
     if recorder is not None:
         recorder.after_all(x, None if slices is None else slices.add_up)
 
 
-def _polynomial_of(gram: Tensor, out: Tensor, step: Coefficients, products: SymmetricProducts, *, squared: bool) -> None:
-    """P = bA + cA² into `out`, which holds A² where it is `squared`."""
-    _, b, c = step
-    if squared:
-        out.mul_(c).add_(gram, alpha=b)
-    else:
-        products.multiply(gram, gram, out, addend=gram, beta=b, alpha=c)
+@dataclass
+class _Iteration:
+    """What direct steps and Gram segments share.
 
+    Attributes:
+        gram, polynomial: A = XXᵀ of the iterate, and room for P = bA + cA².
+        squared: whether `polynomial` holds A² already.
+    """
 
-def _direct_step(
-    x: Tensor,
-    y: Tensor,
-    gram: Tensor,
-    polynomial: Tensor,
-    step: Coefficients,
-    k: int,
-    products: SymmetricProducts,
-    recorder: Recorder | None,
-    *,
-    tall: bool,
-    squared: bool,
-) -> None:
-    """Step k on X itself: Y = aX + PX (or XP)."""
-    _polynomial_of(gram, polynomial, step, products, squared=squared)
-    if recorder is not None:
-        recorder.before_step(k, gram, polynomial)
-    multiply_add = torch.addmm if x.ndim == 2 else torch.baddbmm
-    multiply_add(x, *((x, polynomial) if tall else (polynomial, x)), beta=step[0], out=y)
+    gram: Tensor
+    polynomial: Tensor
+    products: SymmetricProducts
+    recorder: Recorder | None
+    tall: bool
+    squared: bool = False
 
+    def direct_step(self, x: Tensor, y: Tensor, step: Coefficients, k: int) -> None:
+        """Step k on X itself: Y = aX + PX (or XP)."""
+        self._take_polynomial(step, k)
+        multiply_add = torch.addmm if x.ndim == 2 else torch.baddbmm
+        multiply_add(x, *((x, self.polynomial) if self.tall else (self.polynomial, x)), beta=step[0], out=y)
 
-def _gram_segment(
-    x: Tensor,
-    y: Tensor,
-    gram: Tensor,
-    polynomial: Tensor,
-    spares: tuple[Tensor, ...],
-    steps: Sequence[Coefficients],
-    k: int,
-    products: SymmetricProducts,
-    recorder: Recorder | None,
-    *,
-    tall: bool,
-    squared: bool,
-) -> None:
-    """Steps k and following on the Gram matrix alone: R ← aR + PR (at first a + P) and A ← QAQ, Q = a + P; at the end Y = RX (or XR)."""
-    product = torch.mm if x.ndim == 2 else torch.bmm
-    root, spare = spares
-    for i, step in enumerate(steps):
-        _polynomial_of(gram, polynomial, step, products, squared=squared and i == 0)
-        if recorder is not None:
-            recorder.before_step(k + i, gram, polynomial)
-        if i > 0:
-            products.multiply(polynomial, root, spare, addend=root, beta=step[0])
-            root, spare = spare, root
-        if i < len(steps) - 1:
-            polynomial.diagonal(dim1=-2, dim2=-1).add_(step[0])
-            if i == 0:
-                root.copy_(polynomial)
-            product(gram, polynomial, out=spare)  # whole: see restarts on the order of factors
-            products.multiply(polynomial, spare, gram)
-    product(*((x, root.mT) if tall else (root, x)), out=y)  # root is symmetric but for rounding
+    def gram_segment(self, x: Tensor, y: Tensor, spares: tuple[Tensor, ...], steps: Sequence[Coefficients], k: int) -> None:
+        """Steps k and following on the Gram matrix alone: R ← aR + PR (at first a + P) and A ← QAQ, Q = a + P; then Y = RX (or XR)."""
+        product = torch.mm if x.ndim == 2 else torch.bmm
+        gram, polynomial, (root, spare) = self.gram, self.polynomial, spares
+        for i, step in enumerate(steps):
+            self._take_polynomial(step, k + i)
+            if i > 0:
+                self.products.multiply(polynomial, root, spare, addend=root, beta=step[0])
+                root, spare = spare, root
+            if i < len(steps) - 1:
+                polynomial.diagonal(dim1=-2, dim2=-1).add_(step[0])
+                if i == 0:
+                    root.copy_(polynomial)
+                product(gram, polynomial, out=spare)  # whole: see restarts on the order of factors
+                self.products.multiply(polynomial, spare, gram)
+        product(*((x, root.mT) if self.tall else (root, x)), out=y)  # root is symmetric but for rounding
+
+    def _take_polynomial(self, step: Coefficients, k: int) -> None:
+        """P of step k, and its moments."""
+        _, b, c = step
+        if self.squared:
+            self.polynomial.mul_(c).add_(self.gram, alpha=b)
+            self.squared = False
+        else:
+            self.products.multiply(self.gram, self.gram, self.polynomial, addend=self.gram, beta=b, alpha=c)
+        if self.recorder is not None:
+            self.recorder.before_step(k, self.gram, self.polynomial)
 
 
 def _divide_by_schatten(x: Tensor, gram: Tensor, squared: Tensor | None, products: SymmetricProducts) -> Tensor:
